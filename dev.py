@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Everything a developer or a first-time user runs: `python dev.py --help`.
+
+Needs only Python 3.10 to 3.13 and a package index; makes the rest itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from devtools.common import ROOT, UserError, has_gpu, say
+from devtools.setup import Environment, set_up
+
+PASSES_ON = ("test", "check", "serve")
+FAST = "not slow and not e2e and not gpu"
+# not `python -m pytest`: that puts this folder first on sys.path, where our `nodes` and `utils`
+# would hide ComfyUI's
+PYTEST = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())"
+
+
+def run(command: Sequence[str | Path], env: Environment, cwd: Path = ROOT) -> int:
+    """Run to the end and return the exit status. Ctrl-C goes to the command, which ends by it."""
+    child_env = {**os.environ, "COMFYUI_PATH": str(env.comfyui)}
+    with subprocess.Popen([str(c) for c in command], cwd=cwd, env=child_env) as process:
+        while True:
+            try:
+                status = process.wait()
+                return status if status >= 0 else 128 - status
+            except KeyboardInterrupt:
+                continue
+            except SystemExit:
+                process.terminate()
+                process.wait()
+                raise
+
+
+def pytest(env: Environment, arguments: Sequence[str]) -> int:
+    return run([env.python, "-c", PYTEST, *arguments], env)
+
+
+def cmd_test(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    return pytest(env, extra)
+
+
+def cmd_check(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    ruff = [env.python, "-m", "ruff"]
+    found = [run([*ruff, "check"], env), run([*ruff, "format", "--check"], env)]
+    found.append(pytest(env, ["-m", FAST, *extra]))
+    return next((status for status in found if status), 0)
+
+
+def cmd_serve(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    cpu = [] if has_gpu() or "--cpu" in extra else ["--cpu"]
+    return run([env.python, "main.py", *cpu, *extra], env, cwd=env.comfyui)
+
+
+def cmd_paths(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    say(json.dumps({"python": str(env.python), "comfyui": str(env.comfyui)}))
+    return 0
+
+
+def cmd_demo(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    command: list[str | Path] = [env.python, "-u", ROOT / "dev.py", "demo", "--in-venv"]
+    for name in ("checkpoint", "format", "layers", "out", "json"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", getattr(args, name)]
+    return run(command, env, cwd=Path.cwd())
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="dev.py",
+        description="ModelOpt for ComfyUI: set up, try, test. Every command first makes what is "
+        "missing: .venv, ComfyUI (COMFYUI_PATH, else a pinned one in .comfyui) and the link of "
+        "this pack into it. The first time takes some minutes and 8 GB; later, no time.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str, more: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text}. {more}".strip())
+        sub.set_defaults(function=function)
+        return sub
+
+    demo = command(
+        "demo",
+        cmd_demo,
+        "quantize a checkpoint from end to end in a real ComfyUI and say what it cost",
+        "Runs example_workflows/api: calibrate on prompts, quantize, save; then, in a second "
+        "server, load the file and make a picture.",
+    )
+    demo.add_argument("--checkpoint", type=Path, metavar="FILE", help="an SD1.5 or SDXL checkpoint "
+                      "(default: a small synthetic SD1.5)")  # fmt: skip
+    demo.add_argument("--format", default="int8", choices=["int8", "fp8"], help="default: int8")
+    demo.add_argument("--layers", default="linear + conv", choices=["linear + conv", "linear only"],
+                      help="default: linear + conv")  # fmt: skip
+    demo.add_argument("--out", type=Path, metavar="FILE", help="where to put the quantized UNet "
+                      "(.safetensors; default: stays in .comfyui/demo)")  # fmt: skip
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+    demo.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
+
+    command("test", cmd_test, "run the test suite", "Further arguments go to pytest.")
+    command("check", cmd_check, "ruff, then the fast tests", "Further arguments go to pytest.")
+    command(
+        "serve",
+        cmd_serve,
+        "run ComfyUI with the pack, to click around in",
+        "Further arguments go to ComfyUI. Models go into its models folder (see `paths`).",
+    )
+    command("paths", cmd_paths, "print JSON with the python and the comfyui in use")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    extra: list[str] = []
+    if argv and argv[0] in PASSES_ON and argv[1:2] not in (["-h"], ["--help"]):
+        argv, extra = argv[:1], argv[1:]  # argparse would try to understand them
+    args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if args.command == "demo":
+            from devtools import demo
+
+            options = demo.check_options(args)  # before the long set-up
+            if args.in_venv:
+                return demo.main(options)
+        return args.function(set_up(), args, extra)
+    except UserError as error:
+        say(f"dev.py {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

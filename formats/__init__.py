@@ -1,0 +1,19 @@
+"""Numeric formats, one module each, and the table every other room reads them from."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from . import fp8, int8
+
+FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (int8, fp8)}
+
+
+def get(name: str) -> ModuleType:
+    """The module of a format. Raises ValueError for a name that is not in the table."""
+    if name not in FORMATS:
+        raise ValueError(
+            f"format must be one of {', '.join(FORMATS)}, got {name!r}: "
+            "update the pack if the file was written by a newer one"
+        )
+    return FORMATS[name]

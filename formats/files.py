@@ -1,0 +1,128 @@
+"""The quantized checkpoint as one safetensors file.
+
+A file that stock ComfyUI computes rightly has its keys bare. In any other file they stand under
+the prefix `modelopt.`, so that stock "Load Diffusion Model" refuses it ("could not detect model
+type") instead of running it to noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from ..utils.files import save_safetensors
+from . import FORMATS
+from .checkpoint import FORMAT_VERSION, REMEDY, Layer, QuantizedCheckpoint
+
+PREFIX = "modelopt."
+HEADER = "modelopt"
+COMFY_HEADER = "_quantization_metadata"
+
+
+def comfy_quant(layer: Layer) -> torch.Tensor:
+    """The `comfy_quant` marker of a layer: its JSON as a uint8 tensor, as ComfyUI stores it."""
+    text = json.dumps({"format": layer.comfy_format}).encode()
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def marked(checkpoint: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors with the `comfy_quant` marker of every quantized layer."""
+    markers = {f"{name}.comfy_quant": comfy_quant(x) for name, x in checkpoint.layers.items()}
+    return checkpoint.tensors | markers
+
+
+def write(checkpoint: QuantizedCheckpoint, path: Path | str) -> None:
+    """Writes the file whole or not at all. Raises as `save_safetensors` does."""
+    stock = checkpoint.opens_in_stock
+    prefix = "" if stock else PREFIX
+    tensors = {
+        prefix + k: t.detach().to("cpu") for k, t in sorted(marked(checkpoint).items())
+    }
+    names = {prefix + name: {"format": x.comfy_format} for name, x in checkpoint.layers.items()}
+    header = {
+        **checkpoint.header,
+        "format_version": FORMAT_VERSION,
+        "layers": {name: dataclasses.asdict(x) for name, x in checkpoint.layers.items()},
+        "opens_in": ["comfyui", "comfyui-modelopt"] if stock else ["comfyui-modelopt"],
+    }
+    metadata = {
+        COMFY_HEADER: json.dumps({"format_version": "1.0", "layers": names}, sort_keys=True),
+        HEADER: json.dumps(header, sort_keys=True),
+    }
+    save_safetensors(tensors, path, metadata)
+
+
+def check_readable(path: Path | str) -> None:
+    """Raises ValueError if the file is not a whole safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"a quantized checkpoint must be a whole safetensors file, {path} is not ({error}): "
+            "it is damaged or incomplete, get it again"
+        ) from error
+
+
+def parse(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None, where: str
+) -> QuantizedCheckpoint:
+    """Tensors and header of a file -> a validated checkpoint. Raises ValueError in house form."""
+    header = _header(metadata, where)
+    prefixed = any(key.startswith(PREFIX) for key in tensors)
+    if prefixed:
+        tensors = {
+            key.removeprefix(PREFIX): value
+            for key, value in tensors.items()
+            if key.startswith(PREFIX)
+        }
+    tensors = {k: t for k, t in tensors.items() if not k.endswith(".comfy_quant")}
+    layers = header.pop("layers", None)
+    if not isinstance(layers, dict):
+        raise ValueError(f"the header must list the quantized layers, {where} does not: {REMEDY}")
+    checkpoint = QuantizedCheckpoint(
+        tensors, {name: _layer(name, entry, where) for name, entry in layers.items()}, header
+    )
+    checkpoint.validate(where)
+    return checkpoint
+
+
+def _header(metadata: dict[str, str] | None, where: str) -> dict:
+    text = (metadata or {}).get(HEADER)
+    if text is None:
+        raise ValueError(
+            f"a file for this loader must have been saved by this pack, {where} was not: "
+            'open it with "Load Diffusion Model" or a checkpoint loader'
+        )
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the header must be JSON, {where} has {error}: {REMEDY}") from error
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"format_version must be a number from 1, found {version!r} in {where}: {REMEDY}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"this version of the pack reads files up to format_version {FORMAT_VERSION}, "
+            f"{where} has {version}: update ComfyUI-ModelOpt"
+        )
+    return header
+
+
+def _layer(name: str, entry, where: str) -> Layer:
+    fields = {"format": str, "kind": str, "smoothed": bool}
+    if not isinstance(entry, dict) or any(
+        not isinstance(entry.get(key), kind) for key, kind in fields.items()
+    ):
+        raise ValueError(f"layer {name} must state {', '.join(fields)}, found {entry!r} in {where}: {REMEDY}")
+    if entry["format"] not in FORMATS:
+        raise ValueError(
+            f"layer {name} must have a format of {', '.join(FORMATS)}, "
+            f"found {entry['format']!r} in {where}: update ComfyUI-ModelOpt"
+        )
+    return Layer(**{key: entry[key] for key in fields})

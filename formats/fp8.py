@@ -1,0 +1,59 @@
+"""FP8 E4M3, one weight scale and one calibrated activation scale per layer.
+
+Rounding is ModelOpt's (`w * (448 / amax)` cast to E4M3); the stored scale is the reciprocal it
+multiplies with afterwards, so a dequantized weight equals its fake-quantized one exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NAME = "fp8"
+TITLE = "FP8 E4M3, per-tensor"
+COMFY_FORMAT = "float8_e4m3fn"
+STORAGE = torch.float8_e4m3fn
+BITS = 8
+QMAX = 448.0
+CAPABILITY = (8, 9)
+SMOOTHABLE = False
+AMAX_EPSILON = 2.0**-24
+
+
+def needs_input_scale(kind: str) -> bool:
+    """Whether a layer of this kind ("linear" or "conv2d") carries a calibrated activation scale."""
+    return True
+
+
+def scale_shape(weight_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of `weight_scale`: a scalar."""
+    return ()
+
+
+def weight_amax(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in, ...] float -> float32 scalar, the largest magnitude."""
+    return weight.abs().amax().float()
+
+
+def _reciprocal_step(amax: torch.Tensor) -> torch.Tensor:
+    amax = amax.float().reshape(())
+    return QMAX / torch.where(amax <= AMAX_EPSILON, 1.0, amax)
+
+
+def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
+    """[out, in, ...] float and its amax -> float8_e4m3fn `weight`, float32 scalar `weight_scale`.
+
+    weight ≈ weight_q * weight_scale. An all-zero weight gets the scale of amax 1.
+    """
+    step = _reciprocal_step(amax)
+    q = (weight.float() * step).clamp_(-QMAX, QMAX).to(torch.float8_e4m3fn)
+    return {"weight": q, "weight_scale": 1.0 / step}
+
+
+def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """float8_e4m3fn [out, in, ...] and a float32 scalar -> float32 [out, in, ...]."""
+    return weight.float() * weight_scale
+
+
+def input_scale(amax: torch.Tensor) -> torch.Tensor:
+    """Calibrated activation amax (scalar) -> float32 scalar scale, x ≈ x_q * scale."""
+    return 1.0 / _reciprocal_step(amax)

@@ -1,0 +1,59 @@
+"""INT8, symmetric, one weight scale per output channel.
+
+Weight rounding is ModelOpt's (`round(w * (127 / amax))`), so stored integers are exactly the ones
+its fake quantization rounds to. A Linear's activations are quantized per token at run time, a
+convolution's with one calibrated scale, because its sum runs over several pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NAME = "int8"
+TITLE = "INT8, per-channel weights"
+COMFY_FORMAT = "int8_tensorwise"
+STORAGE = torch.int8
+BITS = 8
+QMAX = 127.0
+CAPABILITY = (7, 5)
+SMOOTHABLE = True
+# an amax below the smallest step of fp16 counts as zero, as in ModelOpt's fake quantization
+AMAX_EPSILON = 2.0**-24
+
+
+def needs_input_scale(kind: str) -> bool:
+    """Whether a layer of this kind ("linear" or "conv2d") carries a calibrated activation scale."""
+    return kind == "conv2d"
+
+
+def scale_shape(weight_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of `weight_scale` for a weight [out, in, ...]: [out, 1, ...]."""
+    return (weight_shape[0], *(1 for _ in weight_shape[1:]))
+
+
+def weight_amax(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in, ...] float -> float32 largest magnitude per output channel, [out, 1, ...]."""
+    return weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).float()
+
+
+def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
+    """[out, in, ...] float and its amax -> int8 `weight` and float32 `weight_scale` [out, 1, ...].
+
+    weight ≈ weight_q * weight_scale. An all-zero channel gets integers 0 and scale 1/127.
+    """
+    amax = amax.float().reshape(scale_shape(tuple(weight.shape)))
+    dead = amax <= AMAX_EPSILON
+    step = torch.where(dead, 0.0, QMAX / torch.where(dead, 1.0, amax))
+    q = (weight.float() * step).round_().clamp_(-QMAX, QMAX).to(torch.int8)
+    return {"weight": q, "weight_scale": torch.where(dead, 1.0, amax) / QMAX}
+
+
+def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """int8 [out, in, ...] and float32 [out, 1, ...] -> float32 [out, in, ...]."""
+    return weight.float() * weight_scale
+
+
+def input_scale(amax: torch.Tensor) -> torch.Tensor:
+    """Calibrated activation amax (scalar) -> float32 scalar scale, x ≈ x_q * scale."""
+    amax = amax.float().reshape(())
+    return torch.where(amax <= AMAX_EPSILON, 1.0, amax) / QMAX

@@ -1,0 +1,1 @@
+"""Low-precision kernels, each beside the PyTorch reference that defines its result."""

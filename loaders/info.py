@@ -1,0 +1,37 @@
+"""What a loaded quantized MODEL is made of, for the report and the chart."""
+
+from __future__ import annotations
+
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..utils.report import model_report
+from . import unet
+
+
+def weight_bytes(model) -> int:
+    """Bytes of the UNet's weights as they are held, scales included."""
+    return sum(tensor.nbytes for tensor in model.model.diffusion_model.state_dict().values())
+
+
+def describe(model) -> str:
+    """The info text of a MODEL of ours. Raises ValueError for any other MODEL."""
+    found = unet.loaded(model)
+    return model_report(
+        found.header, found.layers, unet.kernels(model).values(), weight_bytes(model)
+    )
+
+
+def blocks(model) -> dict[str, tuple[float, float]]:
+    """Block of the UNet -> (average bits per weight, size in MB), in the UNet's order.
+
+    Unquantized weights count as the 16 bits they have in the file.
+    """
+    totals: dict[str, list[float]] = {}
+    for name, parameter in model.model.diffusion_model.named_parameters():
+        parts = name.split(".")
+        block = ".".join(parts[:2]) if parts[0] in ("input_blocks", "output_blocks") else parts[0]
+        bits = 8 * parameter._qdata.itemsize if isinstance(parameter, QuantizedTensor) else 16
+        entry = totals.setdefault(block, [0.0, 0.0])
+        entry[0] += parameter.numel() * bits
+        entry[1] += parameter.numel()
+    return {name: (bits / count, bits / 8e6) for name, (bits, count) in totals.items() if count}

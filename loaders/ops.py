@@ -1,0 +1,181 @@
+"""The comfy.ops class of a quantized UNet: stock mixed-precision ops with our Linear and Conv2d.
+
+Each layer's kernel is chosen once, when its weights are loaded, and kept in `kernel`. While a
+patch function is attached (--lowvram LoRA, hooks) ComfyUI needs the weight in floating point:
+the layer then runs dequantized, as stock quantized layers do.
+"""
+
+from __future__ import annotations
+
+import comfy.ops
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..formats.checkpoint import Layer
+from . import layouts, patching
+from .dispatch import Kernel
+
+
+class QuantizedOp:
+    """What Linear and Conv2d share. `weight` is a QuantizedTensor once a quantized layer is loaded."""
+
+    kernel: Kernel | None = None
+    KIND = ""
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        layer = self.LAYERS.get(prefix.removesuffix("."))
+        if layer is None:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing, unexpected, errors
+            )
+            return
+        tensors = {
+            name: state_dict.pop(prefix + name)
+            for name in ("weight", *layer.scales)
+            if prefix + name in state_dict
+        }
+        state_dict.pop(prefix + "comfy_quant", None)
+        expected = self.expected_shape()
+        if tuple(tensors["weight"].shape) != expected:
+            errors.append(
+                f"{prefix}weight must have shape {expected}, "
+                f"found {tuple(tensors['weight'].shape)}"
+            )
+            return
+        weight = layouts.wrap(
+            layer.format,
+            tensors["weight"],
+            tensors["weight_scale"],
+            self.COMPUTE_DTYPE,
+            tensors.get("pre_quant_scale"),
+        )
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.layout_type = weight._layout_cls
+        self.quant_format = layer.comfy_format
+        if "input_scale" in tensors:
+            self.input_scale = torch.nn.Parameter(tensors["input_scale"], requires_grad=False)
+        self.kernel = self.CHOOSE(layer)
+        bias = prefix + "bias"
+        if self.bias is not None and bias in state_dict:
+            value = state_dict.pop(bias).to(self.COMPUTE_DTYPE)
+            self.bias = torch.nn.Parameter(value, requires_grad=False)
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        if not isinstance(self.weight, QuantizedTensor):
+            return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        out = destination if destination is not None else {}
+        comfy.ops._quantized_weight_state_dict(self, out, prefix, extra_quant_params=("input_scale",))
+        smoothing = self.weight._params.pre_quant_scale
+        if smoothing is not None:
+            out[f"{prefix}pre_quant_scale"] = smoothing
+        return out
+
+    def convert_weight(self, weight, inplace=False, **kwargs):
+        """The weight in floating point, in the basis that patches are written for."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+        """Takes a patched floating-point weight back (or returns it) in the layer's own format."""
+        if isinstance(self.weight, QuantizedTensor):
+            weight = patching.patched(self.weight, weight, seed)
+        else:
+            weight = weight.to(self.weight.dtype)
+        if return_weight:
+            return weight
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return None
+
+    def _needs_float_weight(self, input: torch.Tensor) -> bool:
+        return (
+            self.kernel.dequantizes
+            or len(self.weight_function) > 0
+            or len(self.bias_function) > 0
+            or getattr(self, "comfy_force_cast_weights", False)
+            or input.requires_grad
+        )
+
+    def forward(self, input, *args, **kwargs):
+        if not isinstance(self.weight, QuantizedTensor):
+            return super().forward(input, *args, **kwargs)
+        comfy.ops.run_every_op()
+        dense = self._needs_float_weight(input)
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self,
+            device=input.device,
+            dtype=input.dtype if dense else self.weight.dtype,
+            bias_dtype=input.dtype,
+            offloadable=True,
+            compute_dtype=input.dtype,
+            want_requant=not dense,
+        )
+        if not dense and isinstance(weight, QuantizedTensor):
+            output = self._run_quantized(input, weight, bias)
+        else:
+            if isinstance(weight, QuantizedTensor):
+                weight = weight.to(dtype=input.dtype).dequantize()
+            output = self._run_dense(input, weight, bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return output
+
+    def _input_scale(self, input: torch.Tensor) -> torch.Tensor | None:
+        scale = getattr(self, "input_scale", None)
+        return None if scale is None else scale.to(input.device)
+
+
+def quantized_ops(compute_dtype: torch.dtype, layers: dict[str, Layer], choose) -> type:
+    """The ops class for one model.
+
+    compute_dtype: what activations and unquantized weights are computed in.
+    layers: module name -> what the file says of it; `choose(layer)` answers its kernel.
+    """
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype)
+
+    class Shared(QuantizedOp):
+        LAYERS = layers
+        COMPUTE_DTYPE = compute_dtype
+        CHOOSE = staticmethod(choose)
+
+    class Ops(base):
+        class Linear(Shared, base.Linear):
+            def expected_shape(self):
+                return (self.out_features, self.in_features)
+
+            def _run_quantized(self, input, weight, bias):
+                params = weight._params
+                x = input
+                if params.pre_quant_scale is not None:
+                    x = x * params.pre_quant_scale.to(x.dtype)
+                scale = self._input_scale(input)
+                output = self.kernel.linear(x, scale, weight._qdata, params.scale, bias)
+                if params.up is not None:
+                    branch = F.linear(input, params.down.to(input.dtype))
+                    output = output + F.linear(branch, params.up.to(input.dtype))
+                return output
+
+            def _run_dense(self, input, weight, bias):
+                return F.linear(input, weight, bias)
+
+        class Conv2d(Shared, base.Conv2d):
+            _apply = base.Linear._apply
+
+            def expected_shape(self):
+                return (self.out_channels, self.in_channels, *self.kernel_size)
+
+            def _run_quantized(self, input, weight, bias):
+                params = weight._params
+                geometry = (self.stride, self.padding, self.dilation)
+                scale = self._input_scale(input)
+                output = self.kernel.conv2d(
+                    input, scale, weight._qdata, params.scale, bias, *geometry
+                )
+                if params.up is not None:
+                    down = params.down.to(input.dtype).reshape(-1, *weight.shape[1:])
+                    up = params.up.to(input.dtype)[:, :, None, None]
+                    output = output + F.conv2d(F.conv2d(input, down, None, *geometry), up)
+                return output
+
+            def _run_dense(self, input, weight, bias):
+                return self._conv_forward(input, weight, bias)
+
+    return Ops

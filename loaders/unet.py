@@ -1,0 +1,192 @@
+"""Quantized checkpoint -> ComfyUI MODEL, and back. The only place that turns weights into a MODEL."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..formats import files
+from ..formats.checkpoint import REMEDY, Layer, QuantizedCheckpoint
+from . import dispatch, ops
+
+log = logging.getLogger(__name__)
+ATTACHMENT = "modelopt"
+UNET = "diffusion_model."
+
+
+def read(path: str) -> QuantizedCheckpoint:
+    """Reads a file memory-mapped, through ComfyUI's own reader. Raises ValueError in house form."""
+    files.check_readable(path)
+    tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    return files.parse(tensors, metadata, path)
+
+
+def load_file(path: str, disable_dynamic: bool = False):
+    """File -> ModelPatcher. Raises ValueError for a file that is damaged, foreign or too new."""
+    model = load(read(path), where=path, disable_dynamic=disable_dynamic)
+    model.cached_patcher_init = (load_file, (path,))
+    return model
+
+
+def load(
+    checkpoint: QuantizedCheckpoint,
+    where: str = "the quantized checkpoint",
+    disable_dynamic: bool = False,
+    exact: bool = False,
+):
+    """Checkpoint -> ModelPatcher, through ComfyUI's detection. The checkpoint is not changed.
+
+    exact: where there are no low-precision units, emulate their arithmetic also for a file that
+    stock ComfyUI would run dequantized there. Raises ValueError (rule, value, where, remedy).
+    """
+    checkpoint.validate(where)
+    tensors = files.marked(checkpoint)
+    config = comfy.model_detection.model_config_from_unet(dict(tensors), "")
+    if config is None:
+        raise ValueError(
+            f"the UNet must be of an architecture that ComfyUI knows, {where} is of none: {REMEDY}"
+        )
+    device = comfy.model_management.get_torch_device()
+    compute_dtype = comfy.model_management.unet_manual_cast(
+        None, device, config.supported_inference_dtypes
+    )
+    as_stock = checkpoint.opens_in_stock and not exact
+    operations = ops.quantized_ops(
+        compute_dtype,
+        checkpoint.layers,
+        lambda layer: dispatch.choose(layer, device, as_stock),
+    )
+    expected = set(tensors)
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(
+            dict(tensors),
+            model_options={"custom_operations": operations},
+            disable_dynamic=disable_dynamic,
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "must have shape" not in str(error):
+            raise
+        raise ValueError(
+            f"the tensors must have the shapes of their architecture, {where} differs "
+            f"({' '.join(str(error).split())}): {REMEDY}"
+        ) from error
+    if model is None:
+        raise ValueError(f"ComfyUI could not build a UNet from {where}: {REMEDY}")
+    _check_complete(model, checkpoint, expected, where)
+    header = {**checkpoint.header, "opens_in_stock": checkpoint.opens_in_stock}
+    model.set_attachments(ATTACHMENT, Loaded(header, checkpoint))
+    model.cached_patcher_init = (load, (checkpoint, where))
+    _log_kernels(model, where)
+    return model
+
+
+class Loaded:
+    """What a MODEL of ours carries along through clones: header, layers and stored dtypes."""
+
+    def __init__(self, header: dict, checkpoint: QuantizedCheckpoint):
+        self.header = header
+        self.layers = dict(checkpoint.layers)
+        self.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
+
+
+def loaded(model) -> Loaded:
+    """What `load` attached to this MODEL. Raises ValueError if the MODEL is not quantized by us."""
+    found = model.get_attachment(ATTACHMENT)
+    if found is None:
+        raise ValueError(
+            "this node needs a MODEL quantized by this pack, this one is not: put "
+            '"Quantize UNet (ModelOpt)" or "Load Quantized UNet (ModelOpt)" before it'
+        )
+    return found
+
+
+def to_checkpoint(model) -> QuantizedCheckpoint:
+    """MODEL -> checkpoint, bit for bit what it was loaded from; attached LoRA patches are baked in.
+
+    The MODEL is not changed. A patched quantized layer is quantized anew in its own format.
+    """
+    info = loaded(model)
+    state = model.model_state_dict(UNET)
+    tensors = {}
+    for key, value in state.items():
+        name = key.removeprefix(UNET)
+        if name.endswith(".comfy_quant"):
+            continue
+        tensors[name] = value.to(info.dtypes.get(name, value.dtype))
+    # a MODEL that is loaded has its patches in place: the state dict then holds patched weights
+    for key in model.patches | model.backup:
+        if key.startswith(UNET):
+            _store_patched(model, key, tensors, info)
+    header = dict(info.header)
+    baked = sum(1 for key in model.patches if key.startswith(UNET))
+    if baked:
+        header["baked_patches"] = header.get("baked_patches", 0) + baked
+    return QuantizedCheckpoint(tensors, dict(info.layers), header)
+
+
+def _store_patched(model, key: str, tensors: dict[str, torch.Tensor], info: Loaded) -> None:
+    """The original weight of `key`, with its patches if it has any, into `tensors`."""
+    import comfy.lora
+
+    name = key.removeprefix(UNET)
+    module_name = name.rpartition(".")[0]
+    backup = model.backup.get(key)
+    weight = backup.weight if backup is not None else comfy.utils.get_attr(model.model, key)
+    quantized = module_name in info.layers and name.endswith(".weight")
+    if key in model.patches:
+        dense = weight.to(dtype=torch.float32)
+        dense = dense.dequantize() if quantized else dense.clone()
+        dense = comfy.lora.calculate_weight(model.patches[key], dense, key)
+        weight = weight.requantize_from_float(dense) if quantized else dense
+    if quantized:
+        tensors[name] = weight._qdata
+        tensors[f"{module_name}.weight_scale"] = weight._params.scale
+    else:
+        tensors[name] = weight.to(info.dtypes.get(name, weight.dtype))
+
+
+def kernels(model) -> dict[str, dispatch.Kernel]:
+    """Quantized layer name -> the kernel that runs it."""
+    return {
+        name: module.kernel
+        for name, module in model.model.diffusion_model.named_modules()
+        if getattr(module, "kernel", None) is not None
+    }
+
+
+def _log_kernels(model, where: str) -> None:
+    chosen = Counter(kernels(model).values())
+    text = "; ".join(
+        f"{count} layers {kernel.name}" + (f" ({kernel.why})" if kernel.why else "")
+        for kernel, count in chosen.items()
+    )
+    log.info("ModelOpt: loaded %s: %s", where, text)
+
+
+def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], where: str) -> None:
+    have = {
+        name
+        for name in model.model.diffusion_model.state_dict()
+        if not name.endswith(".comfy_quant")
+    }
+    missing = sorted(have - expected)
+    if missing:
+        raise ValueError(
+            f"the file must hold every tensor of the UNet, {where} lacks {len(missing)}, "
+            f"the first {missing[0]}: {REMEDY}"
+        )
+    modules = dict(model.model.diffusion_model.named_modules())
+    stray = [name for name in checkpoint.layers if getattr(modules.get(name), "kernel", None) is None]
+    if stray:
+        raise ValueError(
+            f"every quantized layer must be a layer of the UNet, {where} names {stray[0]}: {REMEDY}"
+        )
+
+
+__all__ = ["Layer", "kernels", "load", "load_file", "loaded", "read", "to_checkpoint"]

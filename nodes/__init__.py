@@ -1,0 +1,30 @@
+"""The nodes, one file each: a schema, and an `execute` that makes one call."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .calibration_prompts import CalibrationPrompts
+from .load_calibration import LoadCalibration
+from .load_unet import LoadUNet
+from .model_info import ModelInfo
+from .quantize import Quantize
+from .record_calibration import RecordCalibration
+from .save_calibration import SaveCalibration
+from .save_unet import SaveUNet
+
+NODES: list[type[io.ComfyNode]] = [
+    RecordCalibration,
+    CalibrationPrompts,
+    SaveCalibration,
+    LoadCalibration,
+    Quantize,
+    SaveUNet,
+    LoadUNet,
+    ModelInfo,
+]
+
+
+class ModelOptExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,89 @@
+"""Where this pack's files lie under ComfyUI's models folder, and names for new ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import folder_paths
+
+CALIBRATION = "modelopt_calibration"
+UNETS = "diffusion_models"
+
+
+def register() -> None:
+    """Tell ComfyUI where calibration files lie. Makes no folder; calling it again does nothing."""
+    default = os.path.join(folder_paths.models_dir, "modelopt", "calibration")
+    folder_paths.add_model_folder_path(CALIBRATION, default)
+    folder_paths.folder_names_and_paths[CALIBRATION][1].add(".safetensors")
+
+
+def root_of(folder: str) -> str:
+    """Where new files of this kind go: the folder of that name, or else the first one listed."""
+    register()
+    roots = folder_paths.get_folder_paths(folder)
+    return next((root for root in roots if os.path.basename(root) == folder), roots[0])
+
+
+def names(folder: str) -> list[str]:
+    """Files to choose from in a combo."""
+    register()
+    return folder_paths.get_filename_list(folder)
+
+
+def find(folder: str, name: str) -> str:
+    """Full path of a file by its combo name. Raises ValueError where there is none."""
+    register()
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise ValueError(
+            f"the file must lie in ComfyUI's {folder} folder, got {name!r}, which is not in "
+            f"{root_of(folder)}: choose another, or press R to refresh"
+        )
+    return path
+
+
+def fingerprint(folder: str, name: str) -> str:
+    """Changes when the file changes on the disk."""
+    register()
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        return "missing"
+    state = os.stat(path)
+    return f"{path}:{state.st_mtime_ns}:{state.st_size}"
+
+
+def why_not(folder: str, prefix: str) -> str | None:
+    """The reason a filename prefix cannot be used, or None. Touches no file."""
+    register()
+    root = root_of(folder)
+    windows, posix = PureWindowsPath(prefix), PurePosixPath(prefix)  # either's `..` and roots
+    leaves = windows.drive or windows.root or posix.root or ".." in windows.parts
+    inside = folder_paths.is_within_directory(root, os.path.join(root, prefix))  # links, NUL
+    if not leaves and inside and windows.name:
+        return None
+    return (
+        "a filename prefix must name a file inside ComfyUI's models folder, got "
+        f"{prefix!r} in filename_prefix: use a plain name such as 'mine' or 'sdxl/mine'"
+    )
+
+
+def new_path(folder: str, prefix: str, extension: str = ".safetensors") -> Path:
+    """A numbered path that does not exist yet in a models folder, made where it is missing.
+
+    `prefix` may hold subfolders and ComfyUI's %year%, %month%, … Raises ValueError where it is
+    empty or leads out of the folder, or where no folder can be made.
+    """
+    reason = why_not(folder, prefix)
+    if reason:
+        raise ValueError(reason)
+    root = root_of(folder)
+    try:
+        os.makedirs(root, exist_ok=True)
+        place, name, counter, _, _ = folder_paths.get_save_image_path(prefix, root)
+    except OSError as error:
+        raise ValueError(
+            f"saving needs a writable folder, got {error} in {root}: "
+            "change its permissions or name another folder in extra_model_paths.yaml"
+        ) from error
+    return Path(place, f"{name}_{counter:05}_{extension}")

@@ -1,0 +1,53 @@
+"""Load Quantized UNet: a file of models/diffusion_models -> MODEL."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..loaders import info
+from ..loaders import unet as loader
+from . import folders
+
+
+class LoadUNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModelOptLoadUNet",
+            display_name="Load Quantized UNet (ModelOpt)",
+            category="ModelOpt",
+            description="Loads a UNet that Save Quantized UNet wrote. Use it in place of the MODEL "
+            "of a checkpoint loader; CLIP and VAE still come from the checkpoint.",
+            search_aliases=["int8", "fp8", "load diffusion model", "UNETLoader"],
+            inputs=[
+                io.Combo.Input(
+                    "unet_name",
+                    options=folders.names(folders.UNETS),
+                    tooltip="A file of models/diffusion_models.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The quantized model."),
+                io.String.Output(display_name="info", tooltip="Recipe, size, quality, kernels."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, unet_name: str) -> str:
+        return folders.fingerprint(folders.UNETS, unet_name)
+
+    @classmethod
+    def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
+        if unet_name is None:
+            return True
+        try:
+            folders.find(folders.UNETS, unet_name)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, unet_name: str) -> io.NodeOutput:
+        model = loader.load_file(folders.find(folders.UNETS, unet_name))
+        text = info.describe(model)
+        return io.NodeOutput(model, text, ui={"text": [text]})

@@ -1,0 +1,46 @@
+"""The one way through, for the nodes that quantize: core, loader, measurement, report."""
+
+from __future__ import annotations
+
+from ..loaders import unet as loader
+from ..quantize import engine
+from ..quantize.layers import parse_patterns
+from ..quantize.recipe import DEFAULT_ALPHA, Recipe
+from ..utils.report import quantize_report
+
+
+def quantize_and_load(model, format: dict, layers: str, skip: str, calibration):
+    """-> quantized MODEL, report text, figures (JSON-able). `format` as the DynamicCombo gives it."""
+    algorithm = format["algorithm"]
+    recipe = Recipe(
+        format=format["format"],
+        algorithm=algorithm["algorithm"],
+        alpha=algorithm.get("alpha", DEFAULT_ALPHA),
+        layers=layers,
+        skip=tuple(parse_patterns(skip)),
+    )
+    made = engine.quantize_model(model, recipe, calibration)
+    quantized = loader.load(made.checkpoint)
+    engine.measure(made, quantized)
+    found = loader.loaded(quantized)
+    found.header.update(made.checkpoint.header)
+    bytes_after = made.checkpoint.nbytes()
+    report = quantize_report(
+        found.header,
+        found.layers,
+        loader.kernels(quantized).values(),
+        made.bytes_before,
+        bytes_after,
+        made.seconds,
+        made.checkpoint.opens_in_stock,
+        made.notes,
+    )
+    figures = {
+        **recipe.describe(),
+        **(made.figures or {}),
+        "bytes_before": made.bytes_before,
+        "bytes_after": bytes_after,
+        "seconds": round(made.seconds, 2),
+        "quantized_layers": len(found.layers),
+    }
+    return quantized, report, figures

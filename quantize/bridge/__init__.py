@@ -1,0 +1,1 @@
+"""The only part of `quantize` that knows ComfyUI."""

@@ -1,0 +1,171 @@
+"""A copy of a MODEL's UNet to calibrate: patches baked in, memory shared where nothing is written."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ..quality import outputs
+
+UNET = "diffusion_model."
+# what ComfyUI's loading leaves on a module, none of which belongs to a copy
+LOADING_STATE = ("_v", "_v_signature", "_v_weight", "_v_bias", "_prefetch", "comfy_patched_weights")
+
+
+def unet_of(model) -> torch.nn.Module:
+    """The UNet of a MODEL. Raises ValueError if it has none or is quantized already."""
+    unet = model.model.diffusion_model
+    if not isinstance(unet, UNetModel):
+        raise ValueError(
+            "this node quantizes UNets (SD1.5, SD2, SDXL and their kin), the MODEL is a "
+            f"{type(unet).__name__}: connect a MODEL of such an architecture"
+        )
+    for name, parameter in unet.named_parameters():
+        if isinstance(parameter, QuantizedTensor) or parameter.dtype.itemsize < 2:
+            raise ValueError(
+                f"the MODEL must be in 16 or 32 bits, {name} is already quantized "
+                f"({getattr(parameter, '_layout_cls', parameter.dtype)}): "
+                "connect the MODEL it was made from"
+            )
+    return unet
+
+
+def copy_unet(model) -> torch.nn.Module:
+    """The MODEL's UNet, its weight patches (LoRA) baked in, on the MODEL's load device.
+
+    Parameters share memory with the MODEL's where they are neither patched nor moved. The MODEL is
+    unloaded first, as ComfyUI does when memory is short: its tensors and patches stay as they are.
+    """
+    unet = unet_of(model)
+    comfy.model_management.unload_model_and_clones(model)
+    device = model.load_device
+    memo = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    for module in unet.modules():
+        for name in LOADING_STATE:
+            if hasattr(module, name):
+                memo[id(getattr(module, name))] = None
+    twin = copy.deepcopy(unet, memo)
+    size = comfy.model_management.module_size(unet)
+    comfy.model_management.free_memory(size, device)
+    streams = _too_large(size, device)
+    for prefix, module in twin.named_modules():
+        for name in LOADING_STATE:
+            module.__dict__.pop(name, None)
+        if streams and hasattr(module, "comfy_cast_weights"):
+            module.comfy_cast_weights = True
+        for name, parameter in module.named_parameters(recurse=False):
+            key = ".".join(part for part in (prefix, name) if part)
+            backup = model.backup.get(UNET + key)
+            weight = parameter.data if backup is None else backup.weight
+            value = _baked(model, UNET + key, weight, device)
+            if not streams:
+                value = value.to(device)
+            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    twin.eval()
+    return twin
+
+
+def _too_large(size: int, device: torch.device) -> bool:
+    """Whether the weights leave no room on the device: they then stay on the CPU and are streamed."""
+    if comfy.model_management.is_device_cpu(device):
+        return False
+    reserve = comfy.model_management.minimum_inference_memory()
+    return comfy.model_management.get_free_memory(device) < size + reserve
+
+
+def _baked(model, key: str, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    patches = model.patches.get(key)
+    if not patches:
+        return weight
+    dtype = comfy.model_management.lora_compute_dtype(device)
+    # the computation works in place on what it is given
+    working = weight.to(device=device, dtype=dtype, copy=True)
+    return comfy.lora.calculate_weight(patches, working, key).to(weight.dtype)
+
+
+def left_behind(model) -> list[str]:
+    """What is attached to the MODEL and does not become part of a quantized UNet, in words."""
+    found = []
+    options = model.model_options.get("transformer_options", {})
+    if options.get("patches") or options.get("patches_replace"):
+        found.append("attention patches")
+    if any(not key.startswith("manual_cast_dtype") for key in model.object_patches):
+        found.append(f"object patches ({', '.join(sorted(model.object_patches))})")
+    if model.hook_patches:
+        found.append("scheduled LoRA hooks")
+    if model.weight_wrapper_patches:
+        found.append("weight wrappers")
+    return found
+
+
+def source_file(model) -> Path | None:
+    """The file a MODEL was loaded from, or None where ComfyUI does not say."""
+    start = model.cached_patcher_init
+    if start and start[1] and isinstance(start[1][0], str) and Path(start[1][0]).is_file():
+        return Path(start[1][0])
+    return None
+
+
+def prediction_markers(model) -> dict[str, torch.Tensor]:
+    """State dict entries by which ComfyUI recognises v-prediction and EDM models of SDXL kind."""
+    from comfy.model_base import ModelType
+
+    kind = model.model.model_type
+    settings = model.model.model_config.sampling_settings
+    if kind == ModelType.V_PREDICTION and "adm_in_channels" in model.model.model_config.unet_config:
+        markers = {"v_pred": torch.zeros(1)}
+        if settings.get("zsnr"):
+            markers["ztsnr"] = torch.zeros(1)
+        return markers
+    if kind == ModelType.V_PREDICTION_EDM:
+        return {
+            f"edm_vpred.{name}": torch.tensor(float(settings[name]))
+            for name in ("sigma_max", "sigma_min")
+            if name in settings
+        }
+    if kind == ModelType.EDM:
+        return {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
+    return {}
+
+
+def progress(total: int) -> Callable[[], None]:
+    """A function to call once a step: moves the bar of the node that runs, raises ComfyUI's
+    InterruptProcessingException if the user has cancelled."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def step() -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update(1)
+
+    return step
+
+
+def run_loaded(model, records: Sequence, step: Callable[[], None]) -> list[torch.Tensor]:
+    """Outputs of a MODEL's UNet for the records, float32 on the CPU, loaded as a sampler does."""
+    comfy.model_management.load_models_gpu([model])
+    unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
+    return outputs(unet, records, model.load_device, dtype, step)
+
+
+def release_memory() -> None:
+    """Frees what a copy left behind: ModelOpt's modules refer to each other in cycles."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def comfyui_version() -> str:
+    """ComfyUI's version, for the file header."""
+    import comfyui_version
+
+    return comfyui_version.__version__

@@ -1,0 +1,263 @@
+"""Recorded UNet calls of several sampling runs, as one safetensors file and in memory.
+
+A calibration is what ModelOpt is calibrated on and what quality is measured on: real latents,
+timesteps and conditioning over whole trajectories, thinned evenly to a budget.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .records import Record, Run, digest, keep
+from .thinning import shares
+
+__all__ = ["FORMAT_VERSION", "Calibration", "Record", "Run", "load", "save"]
+
+FORMAT_VERSION = 1
+METADATA = "modelopt_calibration"
+_RANKS = {"x": 4, "timesteps": 1, "context": 3, "y": 2}
+_WIDTHS = {"x": "in_channels", "context": "context_dim", "y": "adm_in_channels"}
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Runs of one UNet architecture; immutable. `len()` is its number of records.
+
+    signature: JSON-able facts of the UNet's architecture. source: name of the model recorded from.
+    """
+
+    runs: tuple[Run, ...] = ()
+    signature: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", tuple(self.runs))
+        object.__setattr__(self, "signature", json.loads(json.dumps(dict(self.signature))))
+
+    def __len__(self) -> int:
+        return sum(len(run.records) for run in self.runs)
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records, run by run, each run in order."""
+        for run in self.runs:
+            yield from run.records
+
+    def add_run(self, run: Run, max_records: int) -> Calibration:
+        """With one more run, thinned to `max_records` in all: every run holds about as many."""
+        number = self.runs[-1].number + 1 if self.runs else 0
+        return self._thinned((*self.runs, replace(run, number=number)), max_records)
+
+    def merge(self, other: Calibration, max_records: int | None = None) -> Calibration:
+        """With the runs of `other` after its own. Raises ValueError for another architecture."""
+        if other.runs:
+            self.check_matches(other.signature)
+        start = self.runs[-1].number + 1 if self.runs else 0
+        added = [replace(run, number=start + i) for i, run in enumerate(other.runs)]
+        runs = (*self.runs, *added)
+        return self._thinned(runs, sum(len(r.records) for r in runs) or 1, max_records)
+
+    def _thinned(self, runs: tuple[Run, ...], *budgets: int | None) -> Calibration:
+        budget = min(b for b in budgets if b is not None)
+        if budget < 1:
+            raise ValueError(
+                f"a calibration keeps at least 1 record, got {budget} in max_records: raise it"
+            )
+        runs = tuple(run for run in runs if run.records)
+        given = shares(budget, [len(run.records) for run in runs], [run.number for run in runs])
+        kept = [run.thinned(share) for run, share in zip(runs, given, strict=True) if share]
+        return replace(self, runs=tuple(kept))
+
+    def summary(self) -> dict[str, Any]:
+        """What was recorded, JSON-able, without tensors: for file headers and reports."""
+
+        def each(values: Iterator[Any]) -> list[Any]:
+            return list(dict.fromkeys(values))
+
+        return {
+            "source": self.source,
+            "runs": len(self.runs),
+            "records": len(self),
+            "calls": sum(run.calls for run in self.runs),
+            "prompts": each(run.prompt for run in self.runs if run.prompt is not None),
+            "steps": each(run.steps for run in self.runs),
+            "cfg": each(run.cfg for run in self.runs),
+            "samplers": each(f"{run.sampler}/{run.scheduler}" for run in self.runs),
+            "resolutions": each(f"{run.width}x{run.height}" for run in self.runs),
+        }
+
+    def check_matches(self, signature: Mapping[str, Any]) -> None:
+        """Raises ValueError where there is no record, or the architecture is another one."""
+        if not len(self):
+            raise ValueError(
+                "a calibration must hold at least 1 UNet call, got 0 in this one: "
+                "record it with denoise above 0"
+            )
+        other = json.loads(json.dumps(dict(signature)))
+        for name in sorted(self.signature.keys() | other.keys()):
+            seen, wanted = self.signature.get(name), other.get(name)
+            if seen != wanted:
+                raise ValueError(
+                    "a calibration must come from a UNet of the same architecture, got "
+                    f"{name} {seen} recorded from {self.source or 'an unnamed model'} where this "
+                    f"model has {wanted}: record the calibration again with this model"
+                )
+
+
+# --- the file ---
+
+
+def save(calibration: Calibration, path: str | os.PathLike[str]) -> Path:
+    """Write one safetensors file. Identical tensors are written once.
+
+    Raises ValueError when `path` exists already or cannot be written; nothing is left behind then.
+    """
+    path = Path(path)
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[bytes, str] = {}
+
+    def name_of(tensor: torch.Tensor) -> str:
+        name = names.setdefault(digest(tensor), f"{len(names):06}")
+        if name not in tensors:
+            whole = tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
+            tensors[name] = tensor if whole else tensor.clone().contiguous()
+        return name
+
+    header = {
+        "format_version": FORMAT_VERSION,
+        "signature": calibration.signature,
+        "source": calibration.source,
+        "runs": [
+            run.facts() | {"records": [vars(record.map(name_of)) for record in run.records]}
+            for run in calibration.runs
+        ],
+    }
+    try:
+        _write_new(path, tensors, {METADATA: json.dumps(header)})
+    except FileExistsError as error:
+        raise ValueError(
+            f"a calibration is never overwritten, got an existing file at {path}: "
+            "choose another name"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"a calibration needs a writable folder with free space, got {error} in "
+            f"{path.parent}: free some space or save elsewhere"
+        ) from error
+    return path
+
+
+def _write_new(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a file that must not exist yet: whole and on the disk, or not at all."""
+    if path.exists():
+        raise FileExistsError(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        if os.name == "nt":
+            os.rename(partial, path)  # refuses an existing name here, replaces it elsewhere
+        else:
+            _rename_new(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _rename_new(partial: Path, path: Path) -> None:
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: take the name first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(partial, path)
+        except OSError:
+            path.unlink()
+            raise
+
+
+def load(path: str | os.PathLike[str]) -> Calibration:
+    """Read a file of `save`.
+
+    Raises ValueError for a file that is truncated, of something else, damaged, or newer than this.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if METADATA not in metadata:
+                raise ValueError(
+                    f"a calibration file must have a {METADATA} header, got none in {path}: "
+                    "choose a file that Save Calibration wrote"
+                )
+            header = _read_header(metadata[METADATA], path)
+            tensors = {name: keep(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"a calibration file must be a whole safetensors file, got {error} in {path}: "
+            "copy it again or record it again"
+        ) from error
+    try:
+        runs = [_read_run(run, tensors, header["signature"]) for run in header["runs"]]
+        return Calibration(tuple(runs), header["signature"], str(header["source"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        found = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"a calibration file must be as it was saved, got {found} in {path}: "
+            "copy it again or record it again"
+        ) from error
+
+
+def _read_header(text: str, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        version = header["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the {METADATA} header must be JSON with a format_version, got {text[:40]!r} in "
+            f"{path}: copy the file again or record it again"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"this pack reads calibration files of format version {FORMAT_VERSION}, got "
+            f"{version!r} in {path}: update the pack or record it again"
+        )
+    return header
+
+
+def _read_run(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], signature) -> Run:
+    known = {item.name for item in fields(Run)} - {"records"}
+    records = tuple(_read_record(record, tensors, signature) for record in entry["records"])
+    return Run(records, **{name: entry[name] for name in known})
+
+
+def _read_record(
+    entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], signature: Mapping[str, Any]
+) -> Record:
+    record = Record(**entry).map(lambda name: tensors[name])
+    for name, rank in _RANKS.items():
+        tensor = getattr(record, name)
+        if tensor is None:
+            continue
+        shape = tuple(tensor.shape)
+        if len(shape) != rank:
+            raise ValueError(f"{name} with shape {shape} instead of {rank} dimensions")
+        if shape[0] != len(record.x):
+            raise ValueError(f"{name} with batch {shape[0]} beside x with batch {len(record.x)}")
+        width = signature.get(_WIDTHS.get(name))
+        if width is not None and shape[1 if name == "x" else -1] != width:
+            raise ValueError(f"{name} with shape {shape} for {_WIDTHS[name]} {width}")
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            raise ValueError(f"values in {name} that are not finite floating point numbers")
+    return record

@@ -1,0 +1,72 @@
+"""Which layers of a UNet are quantized: every Linear and convolution but the skipped ones."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import torch
+
+LINEAR_AND_CONV = "linear + conv"
+LINEAR_ONLY = "linear only"
+MODES = (LINEAR_AND_CONV, LINEAR_ONLY)
+
+# ModelOpt's own filter for diffusion UNets, in ComfyUI's names: first and last convolution,
+# embedding projections and skip connections stay in 16 bits
+DEFAULT_SKIP = (
+    "input_blocks.0.0",
+    "out.2",
+    "time_embed.*",
+    "label_emb.*",
+    "*.emb_layers.*",
+    "*.skip_connection",
+)
+
+
+def parse_patterns(text: str) -> list[str]:
+    """Patterns of a multiline text, one a line; blank lines and lines from # on are left out."""
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def kind_of(module: torch.nn.Module) -> str | None:
+    """"linear", "conv2d" or None for a module that no format quantizes."""
+    if isinstance(module, torch.nn.Conv2d):
+        plain = module.groups == 1 and module.padding_mode == "zeros"
+        return "conv2d" if plain and not isinstance(module.padding, str) else None
+    if getattr(module, "in_features", None) is None or getattr(module, "weight", None) is None:
+        return None
+    return "linear" if module.weight.ndim == 2 else None
+
+
+def select(unet: torch.nn.Module, mode: str, skip: list[str]) -> dict[str, str]:
+    """Names of the layers to quantize -> "linear" or "conv2d", in the UNet's order.
+
+    Raises ValueError for a pattern of the user's that matches no layer (a spelling mistake would
+    otherwise quantize a layer that was to be spared), and when nothing is left to quantize.
+    """
+    if mode not in MODES:
+        raise ValueError(f'layers must be one of {", ".join(MODES)}, got {mode!r}')
+    layers = {name: kind for name, m in unet.named_modules() if (kind := kind_of(m)) is not None}
+    for pattern in skip:
+        if pattern not in DEFAULT_SKIP and not any(fnmatchcase(n, pattern) for n in layers):
+            raise ValueError(
+                f"a skip pattern must match a layer, {pattern!r} matches none of {len(layers)} "
+                f"(such as {_examples(layers)}): correct it or remove the line"
+            )
+    chosen = {
+        name: kind
+        for name, kind in layers.items()
+        if (kind == "linear" or mode == LINEAR_AND_CONV)
+        and not any(fnmatchcase(name, pattern) for pattern in skip)
+    }
+    if not chosen:
+        raise ValueError(
+            f"at least one layer must be left to quantize, the skip patterns {', '.join(skip)} "
+            f"with layers = {mode!r} leave none of {len(layers)}: remove a pattern"
+        )
+    return chosen
+
+
+def _examples(layers: dict[str, str]) -> str:
+    names = list(layers)
+    return ", ".join(names[i] for i in sorted({len(names) // 4, len(names) // 2}) if names)

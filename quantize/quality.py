@@ -1,0 +1,51 @@
+"""How much quantizing changed the UNet: SQNR of its output on recorded inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .thinning import spread
+
+
+def sqnr_db(reference: torch.Tensor, measured: torch.Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB: 10 log10(sum ref² / sum (ref - measured)²)."""
+    reference, measured = reference.double(), measured.double()
+    noise = (reference - measured).square().sum().item()
+    signal = reference.square().sum().item()
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def pick(records: Sequence, count: int) -> list:
+    """At most `count` of the records, evenly spaced, first and last among them."""
+    return [records[i] for i in spread(list(range(len(records))), min(count, len(records)), 0.5)]
+
+
+@torch.no_grad()
+def outputs(
+    unet: torch.nn.Module,
+    records: Sequence,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    after_each: Callable[[], None],
+) -> list[torch.Tensor]:
+    """The UNet's outputs for the records, float32 on the CPU. `after_each` reports progress."""
+    results = []
+    for record in records:
+        args, kwargs = record.arguments(device, dtype)
+        results.append(unet(*args, **kwargs).float().cpu())
+        after_each()
+    return results
+
+
+def summary(references: list[torch.Tensor], measured: list[torch.Tensor]) -> dict:
+    """SQNR over all outputs together and the worst single one, in dB, JSON-able."""
+    each = [sqnr_db(r, m) for r, m in zip(references, measured, strict=True)]
+    whole = sqnr_db(
+        torch.cat([r.flatten() for r in references]), torch.cat([m.flatten() for m in measured])
+    )
+    return {"sqnr_db": round(whole, 3), "worst_sqnr_db": round(min(each), 3), "records": len(each)}

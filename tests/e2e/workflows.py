@@ -1,0 +1,112 @@
+"""API-format workflows of the end-to-end tests, built node by node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SKIP = "input_blocks.0.0\nout.2\ntime_embed.*\nlabel_emb.*\n*.emb_layers.*\n*.skip_connection"
+
+
+class Graph:
+    """Collects nodes; `add` gives the id, `out(id, i)` a link to its i-th output."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, dict[str, Any]] = {}
+
+    def add(self, class_type: str, **inputs: Any) -> str:
+        key = str(len(self.nodes) + 1)
+        self.nodes[key] = {"class_type": class_type, "inputs": inputs}
+        return key
+
+    @staticmethod
+    def out(key: str, index: int = 0) -> list:
+        return [key, index]
+
+
+SAMPLING = {"seed": 7, "steps": 4, "cfg": 6.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+def conditioning(graph: Graph, clip: list, size: int = 64) -> dict[str, Any]:
+    """positive, negative, latent_image and denoise inputs of a sampler."""
+    positive = graph.add("CLIPTextEncode", text="a red fox in the snow", clip=clip)
+    negative = graph.add("CLIPTextEncode", text="blurry", clip=clip)
+    latent = graph.add("EmptyLatentImage", width=size, height=size, batch_size=1)
+    return {
+        "positive": [positive, 0],
+        "negative": [negative, 0],
+        "latent_image": [latent, 0],
+        "denoise": 1.0,
+    }
+
+
+def quantize_inputs(format_name: str, layers: str, algorithm: str = "max", **more: Any) -> dict:
+    inputs = {
+        "format": format_name,
+        "format.algorithm": algorithm,
+        "layers": layers,
+        "skip": SKIP,
+    }
+    if "alpha" in more:
+        inputs["format.algorithm.alpha"] = more.pop("alpha")
+    return inputs | more
+
+
+def quantize_workflow(checkpoint: str, lora: str, variants: list[tuple[str, dict]]) -> Graph:
+    """CheckpointLoaderSimple → LoRA → CLIPTextEncode → Record → Quantize → Save, for each variant.
+
+    Latents out of KSampler, Record and of each quantized MODEL are saved as `latents/<name>`.
+    """
+    graph = Graph()
+    loader = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    with_lora = graph.add(
+        "LoraLoader",
+        model=[loader, 0],
+        clip=[loader, 1],
+        lora_name=lora,
+        strength_model=0.8,
+        strength_clip=0.8,
+    )
+    inputs = conditioning(graph, [with_lora, 1])
+    sampled = graph.add("KSampler", model=[with_lora, 0], **SAMPLING, **inputs)
+    graph.add("SaveLatent", samples=[sampled, 0], filename_prefix="latents/ksampler")
+    record = graph.add(
+        "ModelOptRecordCalibration",
+        model=[with_lora, 0],
+        **SAMPLING,
+        **inputs,
+        max_records=8,
+    )
+    graph.add("SaveLatent", samples=[record, 0], filename_prefix="latents/record")
+    for name, options in variants:
+        quantize = graph.add(
+            "ModelOptQuantize", model=[with_lora, 0], calibration=[record, 1], **options
+        )
+        graph.add("ModelOptSaveUNet", model=[quantize, 0], filename_prefix=name)
+        again = graph.add("KSampler", model=[quantize, 0], **SAMPLING, **inputs)
+        graph.add("SaveLatent", samples=[again, 0], filename_prefix=f"latents/{name}")
+    return graph
+
+
+def generate_workflow(
+    checkpoint: str, lora: str, unets: list[tuple[str, str]], loader_node: str
+) -> Graph:
+    """Load → KSampler → SaveLatent, VAEDecode → SaveImage for each (name, file)."""
+    graph = Graph()
+    loader = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    with_lora = graph.add(
+        "LoraLoader",
+        model=[loader, 0],
+        clip=[loader, 1],
+        lora_name=lora,
+        strength_model=0.8,
+        strength_clip=0.8,
+    )
+    inputs = conditioning(graph, [with_lora, 1])
+    for name, file in unets:
+        extra = {"weight_dtype": "default"} if loader_node == "UNETLoader" else {}
+        unet = graph.add(loader_node, unet_name=file, **extra)
+        sampled = graph.add("KSampler", model=[unet, 0], **SAMPLING, **inputs)
+        graph.add("SaveLatent", samples=[sampled, 0], filename_prefix=f"latents/{name}")
+        image = graph.add("VAEDecode", samples=[sampled, 0], vae=[loader, 2])
+        graph.add("SaveImage", images=[image, 0], filename_prefix=f"images/{name}")
+    return graph

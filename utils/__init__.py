@@ -1,0 +1,1 @@
+"""Small helpers shared by the rooms: files, progress, text and plots of reports."""

@@ -1,0 +1,116 @@
+"""The words users read about a quantized UNet: after quantizing, after loading, in the info node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+
+def megabytes(count: float) -> str:
+    """Bytes as text in MB (10^6), or GB from 1 GB on."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def layer_lines(layers: Mapping[str, object]) -> list[str]:
+    """How many layers of which format and kind."""
+    counts = Counter((layer.format, layer.kind, layer.smoothed) for layer in layers.values())
+    names = {"linear": "Linear", "conv2d": "convolution"}
+    return [
+        f"{count} {names[kind]} layers in {form}" + (" with smoothing" if smoothed else "")
+        for (form, kind, smoothed), count in sorted(counts.items())
+    ]
+
+
+def recipe_line(recipe: Mapping[str, object]) -> str:
+    """Format, algorithm and layers of a recipe in one line."""
+    algorithm = str(recipe.get("algorithm", "?"))
+    if "alpha" in recipe:
+        algorithm += f" (alpha {recipe['alpha']})"
+    return f"{recipe.get('format', '?')}, {algorithm}, {recipe.get('layers', '?')}"
+
+
+def quality_line(figures: Mapping[str, object] | None) -> str:
+    """SQNR in words, or why there is none."""
+    if not figures:
+        return "SQNR: not measured, no calibration was connected"
+    return (
+        f"SQNR {figures['sqnr_db']:.1f} dB on {figures['records']} recorded UNet calls, "
+        f"worst call {figures['worst_sqnr_db']:.1f} dB"
+    )
+
+
+def calibration_line(summary: Mapping[str, object] | None) -> str:
+    """What the scales were calibrated on."""
+    if not summary:
+        return "Calibration: none"
+    sizes = ", ".join(summary.get("resolutions", []))
+    return f"Calibration: {summary['records']} UNet calls of {summary['runs']} runs at {sizes}"
+
+
+def kernel_lines(kernels: Iterable[object]) -> list[str]:
+    """Which kernel runs how many layers, and why where it is not a native one."""
+    return [
+        f"{count} layers run as {kernel.name}" + (f": {kernel.why}" if kernel.why else "")
+        for kernel, count in Counter(kernels).most_common()
+    ]
+
+
+def opens_line(opens_in_stock: bool) -> str:
+    """Where the file opens."""
+    if opens_in_stock:
+        return 'Opens in stock ComfyUI ("Load Diffusion Model") and with this pack.'
+    return "Opens with this pack only: stock ComfyUI has no such layers and refuses the file."
+
+
+def quantize_report(
+    header: Mapping[str, object],
+    layers: Mapping[str, object],
+    kernels: Iterable[object],
+    bytes_before: int,
+    bytes_after: int,
+    seconds: float,
+    opens_in_stock: bool,
+    notes: Iterable[str],
+) -> str:
+    """The report of the Quantize node. bytes_before: the UNet in 16 bits."""
+    lines = [
+        f"Quantized: {recipe_line(header['recipe'])}",
+        *layer_lines(layers),
+        f"Size {megabytes(bytes_before)} -> {megabytes(bytes_after)} "
+        f"({bytes_after / bytes_before:.3f} of the 16-bit UNet)",
+        quality_line(header.get("quality")),
+        calibration_line(header.get("calibration")),
+        *kernel_lines(kernels),
+        opens_line(opens_in_stock),
+        f"Took {seconds:.1f} s",
+        *notes,
+    ]
+    return "\n".join(lines)
+
+
+def model_report(
+    header: Mapping[str, object],
+    layers: Mapping[str, object],
+    kernels: Iterable[object],
+    bytes_now: int,
+) -> str:
+    """The text of the Load and Info nodes."""
+    source = header.get("source")
+    versions = header.get("versions") or {}
+    lines = [
+        f"Recipe: {recipe_line(header.get('recipe') or {})}",
+        *layer_lines(layers),
+        f"Size {megabytes(bytes_now)}",
+        quality_line(header.get("quality")),
+        calibration_line(header.get("calibration")),
+        *kernel_lines(kernels),
+        opens_line(bool(header.get("opens_in_stock"))),
+        f"Model: {header.get('model', 'unknown')}",
+        f"Made from: {source['name']} (SHA-256 {source['sha256']})"
+        if source
+        else "Made from: unknown file",
+        "Made with: " + ", ".join(f"{name} {number}" for name, number in sorted(versions.items())),
+    ]
+    if header.get("baked_patches"):
+        lines.append(f"{header['baked_patches']} weights carry baked-in patches (LoRA)")
+    return "\n".join(lines)
