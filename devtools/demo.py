@@ -177,6 +177,9 @@ class Demo:
             return
         side = 64 if self.synthetic else 256
         for node in workflow.values():
+            prompts = node["inputs"].get("prompts")
+            if isinstance(prompts, str):
+                node["inputs"]["prompts"] = "\n".join(prompts.splitlines()[:4])
             for name, value in (("width", side), ("height", side), ("steps", 4)):
                 if isinstance(node["inputs"].get(name), int):
                     node["inputs"][name] = min(value, node["inputs"][name])
@@ -198,7 +201,7 @@ class Demo:
         result = server.run(workflow, timeout=DAY, on_message=Progress(workflow, server))
         if result.error:
             raise UserError(
-                f"{result.error.get('node_type')}: {result.error.get('exception_message')}"
+                f"{result.error.get('node_type')}: {str(result.error.get('exception_message')).strip()}\n"
                 f"The server's log is {server.log_file}"
             )
         if result.interrupted:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import comfyui as comfy
-from .common import ROOT, UserError, link_pack, say, venv_python
+from .common import ROOT, STDERR, UserError, link_pack, say, venv_python
 
 VENV = ROOT / ".venv"
 STAMP = "modelopt-setup.json"
@@ -133,7 +133,7 @@ def make_venv(venv: Path) -> None:
         )
     say(f"Making {venv}", file=sys.stderr)
     base = getattr(sys, "_base_executable", None) or sys.executable  # not a venv's own Python
-    if subprocess.run([base, "-m", "venv", str(venv)], stdout=sys.stderr).returncode:
+    if subprocess.run([base, "-m", "venv", str(venv)], stdout=STDERR).returncode:
         raise UserError(
             f"{base} -m venv failed (its words are above). On Debian and Ubuntu, install the "
             "package python3-venv; then run this again."
@@ -159,7 +159,7 @@ def pip(venv: Path, what: str, arguments: list[str]) -> None:
     say(f"Installing {what}", file=sys.stderr)
     command = [str(venv_python(venv)), "-m", "pip", "install", "--disable-pip-version-check"]
     command += ["--no-input"] if sys.stderr.isatty() else ["--no-input", "--quiet"]
-    if subprocess.run(command + arguments, stdout=sys.stderr).returncode:
+    if subprocess.run(command + arguments, stdout=STDERR).returncode:
         raise UserError(
             f"pip could not install {what} into {venv} (its words are above): check the network, "
             "pip's index and the free space, then run this again; it goes on where it stopped."

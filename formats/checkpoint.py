@@ -55,9 +55,7 @@ class QuantizedCheckpoint:
     @property
     def opens_in_stock(self) -> bool:
         """Whether stock ComfyUI computes every layer as this pack does: Linears without smoothing."""
-        return all(
-            layer.kind == "linear" and not layer.smoothed for layer in self.layers.values()
-        )
+        return all(layer.kind == "linear" and not layer.smoothed for layer in self.layers.values())
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -66,7 +64,9 @@ class QuantizedCheckpoint:
     def validate(self, where: str) -> None:
         """Raises ValueError (rule, value, where, remedy) for the first layer that cannot be run."""
         if not self.layers:
-            raise ValueError(f"a quantized checkpoint must name its quantized layers, {where} has none")
+            raise ValueError(
+                f"a quantized checkpoint must name its quantized layers, {where} has none"
+            )
         for name, layer in self.layers.items():
             _validate_layer(name, layer, self.tensors, where)
 
@@ -114,4 +114,3 @@ def _validate_layer(name: str, layer: Layer, tensors: dict[str, torch.Tensor], w
 
 def _summary(value: torch.Tensor) -> str:
     return f"values from {value.min().item():.3g} to {value.max().item():.3g}"
-

@@ -38,9 +38,7 @@ def write(checkpoint: QuantizedCheckpoint, path: Path | str) -> None:
     """Writes the file whole or not at all. Raises as `save_safetensors` does."""
     stock = checkpoint.opens_in_stock
     prefix = "" if stock else PREFIX
-    tensors = {
-        prefix + k: t.detach().to("cpu") for k, t in sorted(marked(checkpoint).items())
-    }
+    tensors = {prefix + k: t.detach().to("cpu") for k, t in sorted(marked(checkpoint).items())}
     names = {prefix + name: {"format": x.comfy_format} for name, x in checkpoint.layers.items()}
     header = {
         **checkpoint.header,
@@ -105,7 +103,9 @@ def _header(metadata: dict[str, str] | None, where: str) -> dict:
         raise ValueError(f"the header must be JSON, {where} has {error}: {REMEDY}") from error
     version = header.get("format_version") if isinstance(header, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"format_version must be a number from 1, found {version!r} in {where}: {REMEDY}")
+        raise ValueError(
+            f"format_version must be a number from 1, found {version!r} in {where}: {REMEDY}"
+        )
     if version > FORMAT_VERSION:
         raise ValueError(
             f"this version of the pack reads files up to format_version {FORMAT_VERSION}, "
@@ -119,7 +119,9 @@ def _layer(name: str, entry, where: str) -> Layer:
     if not isinstance(entry, dict) or any(
         not isinstance(entry.get(key), kind) for key, kind in fields.items()
     ):
-        raise ValueError(f"layer {name} must state {', '.join(fields)}, found {entry!r} in {where}: {REMEDY}")
+        raise ValueError(
+            f"layer {name} must state {', '.join(fields)}, found {entry!r} in {where}: {REMEDY}"
+        )
     if entry["format"] not in FORMATS:
         raise ValueError(
             f"layer {name} must have a format of {', '.join(FORMATS)}, "

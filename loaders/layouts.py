@@ -100,7 +100,9 @@ class ModelOptInt8Layout(_ModelOptLayout):
 
     @staticmethod
     def _round_randomly(weight, scale, seed):
-        noise = torch.rand(weight.shape, generator=_generator(weight.device, seed), device=weight.device)
+        noise = torch.rand(
+            weight.shape, generator=_generator(weight.device, seed), device=weight.device
+        )
         return (weight / scale + noise).floor_().clamp_(-int8.QMAX, int8.QMAX).to(torch.int8)
 
 

@@ -23,7 +23,9 @@ class QuantizedOp:
     kernel: Kernel | None = None
     KIND = ""
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
         layer = self.LAYERS.get(prefix.removesuffix("."))
         if layer is None:
             super()._load_from_state_dict(
@@ -39,8 +41,7 @@ class QuantizedOp:
         expected = self.expected_shape()
         if tuple(tensors["weight"].shape) != expected:
             errors.append(
-                f"{prefix}weight must have shape {expected}, "
-                f"found {tuple(tensors['weight'].shape)}"
+                f"{prefix}weight must have shape {expected}, found {tuple(tensors['weight'].shape)}"
             )
             return
         weight = layouts.wrap(
@@ -65,7 +66,9 @@ class QuantizedOp:
         if not isinstance(self.weight, QuantizedTensor):
             return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
         out = destination if destination is not None else {}
-        comfy.ops._quantized_weight_state_dict(self, out, prefix, extra_quant_params=("input_scale",))
+        comfy.ops._quantized_weight_state_dict(
+            self, out, prefix, extra_quant_params=("input_scale",)
+        )
         smoothing = self.weight._params.pre_quant_scale
         if smoothing is not None:
             out[f"{prefix}pre_quant_scale"] = smoothing

@@ -62,12 +62,15 @@ def load(
         checkpoint.layers,
         lambda layer: dispatch.choose(layer, device, as_stock),
     )
+    options = {"custom_operations": operations}
+    if device.type == "cpu":
+        # unquantized weights stay in the file's 16 bits and are cast per call: ComfyUI would hold
+        # them in 32
+        options["dtype"] = _stored_dtype(checkpoint)
     expected = set(tensors)
     try:
         model = comfy.sd.load_diffusion_model_state_dict(
-            dict(tensors),
-            model_options={"custom_operations": operations},
-            disable_dynamic=disable_dynamic,
+            dict(tensors), model_options=options, disable_dynamic=disable_dynamic
         )
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "must have shape" not in str(error):
@@ -84,6 +87,14 @@ def load(
     model.cached_patcher_init = (load, (checkpoint, where))
     _log_kernels(model, where)
     return model
+
+
+def _stored_dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
+    """The 16-bit dtype that most unquantized weights have."""
+    found = Counter(
+        t.dtype for t in checkpoint.tensors.values() if t.dtype in (torch.float16, torch.bfloat16)
+    )
+    return found.most_common(1)[0][0] if found else torch.float32
 
 
 class Loaded:
@@ -182,7 +193,9 @@ def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], 
             f"the first {missing[0]}: {REMEDY}"
         )
     modules = dict(model.model.diffusion_model.named_modules())
-    stray = [name for name in checkpoint.layers if getattr(modules.get(name), "kernel", None) is None]
+    stray = [
+        name for name in checkpoint.layers if getattr(modules.get(name), "kernel", None) is None
+    ]
     if stray:
         raise ValueError(
             f"every quantized layer must be a layer of the UNet, {where} names {stray[0]}: {REMEDY}"

@@ -158,8 +158,6 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> Path:
 
 def _write_new(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a file that must not exist yet: whole and on the disk, or not at all."""
-    if path.exists():
-        raise FileExistsError(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         save_file(tensors, partial, metadata=metadata)
@@ -176,9 +174,7 @@ def _write_new(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
 def _rename_new(partial: Path, path: Path) -> None:
     try:
         os.link(partial, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: take the name first
+    except OSError:  # it exists, or the file system has no hard links: take the name first
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         try:
             os.replace(partial, path)

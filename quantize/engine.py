@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 # UNet calls on which the result is compared with the original
 EVALUATION_RECORDS = 8
 
+
 @dataclass
 class Quantized:
     """checkpoint: the result. records, references: UNet calls and the original's outputs for them.

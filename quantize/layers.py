@@ -29,7 +29,7 @@ def parse_patterns(text: str) -> list[str]:
 
 
 def kind_of(module: torch.nn.Module) -> str | None:
-    """"linear", "conv2d" or None for a module that no format quantizes."""
+    """ "linear", "conv2d" or None for a module that no format quantizes."""
     if isinstance(module, torch.nn.Conv2d):
         plain = module.groups == 1 and module.padding_mode == "zeros"
         return "conv2d" if plain and not isinstance(module.padding, str) else None
@@ -45,7 +45,7 @@ def select(unet: torch.nn.Module, mode: str, skip: list[str]) -> dict[str, str]:
     otherwise quantize a layer that was to be spared), and when nothing is left to quantize.
     """
     if mode not in MODES:
-        raise ValueError(f'layers must be one of {", ".join(MODES)}, got {mode!r}')
+        raise ValueError(f"layers must be one of {', '.join(MODES)}, got {mode!r}")
     layers = {name: kind for name, m in unet.named_modules() if (kind := kind_of(m)) is not None}
     for pattern in skip:
         if pattern not in DEFAULT_SKIP and not any(fnmatchcase(n, pattern) for n in layers):

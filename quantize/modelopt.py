@@ -45,7 +45,9 @@ def register(unet: torch.nn.Module, layers: dict[str, str]) -> list[str]:
     for name, kind in layers.items():
         cls = type(modules[name])
         if cls not in QuantModuleRegistry:
-            QuantModuleRegistry.register({cls: f"{cls.__module__}.{cls.__qualname__}"})(wrappers[kind])
+            QuantModuleRegistry.register({cls: f"{cls.__module__}.{cls.__qualname__}"})(
+                wrappers[kind]
+            )
     return [name for name, module in modules.items() if type(module) in QuantModuleRegistry]
 
 

@@ -89,6 +89,8 @@ def modelopt_config(recipe: Recipe, layers: dict[str, str], everything: list[str
         if config != linear:
             entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": config})
     entries += [
-        {"quantizer_name": f"{name}.*", "enable": False} for name in everything if name not in layers
+        {"quantizer_name": f"{name}.*", "enable": False}
+        for name in everything
+        if name not in layers
     ]
     return {"quant_cfg": entries, "algorithm": "max"}

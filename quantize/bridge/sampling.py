@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
 import comfy.utils
@@ -188,7 +187,6 @@ def _recording(model: Any, recorder: Recorder) -> Any:
         transformer_options: dict | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
         options = {} if transformer_options is None else transformer_options
         conds = (*options.get("cond_or_uncond", ()), *options.get("uuids", ()))
         recorder.add((conds, x.shape), x, timesteps, context, y, control, kwargs)
@@ -215,7 +213,6 @@ def _run(recorder: Recorder, latent: dict[str, Any], **facts: Any) -> Run:
 
 def _encode(clip: Any, text: str) -> list:
     """As CLIPTextEncode does."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 

@@ -146,7 +146,7 @@ def test_stock_comfyui_refuses_what_it_cannot_compute(way, name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_header_and_markers(way, name):
     with safe_open(way.files[name], framework="pt") as file:
-        metadata, keys = file.metadata(), set(file.keys())  # noqa: SIM118
+        metadata, keys = file.metadata(), set(file.keys())
     header = json.loads(metadata["modelopt"])
     fmt, layers, extra = VARIANTS[name]
     assert header["recipe"]["format"] == fmt
@@ -158,7 +158,7 @@ def test_header_and_markers(way, name):
     marked = json.loads(metadata["_quantization_metadata"])["layers"]
     assert len(marked) == len(header["layers"]) > 10
     assert all(f"{layer}.comfy_quant" in keys for layer in marked)
-    assert (("comfyui" in header["opens_in"])) == (name in STOCK)
+    assert ("comfyui" in header["opens_in"]) == (name in STOCK)
     assert all(key.startswith("modelopt.") for key in keys) == (name not in STOCK)
 
 

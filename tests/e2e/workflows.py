@@ -26,6 +26,22 @@ class Graph:
 SAMPLING = {"seed": 7, "steps": 4, "cfg": 6.0, "sampler_name": "euler", "scheduler": "normal"}
 
 
+def load_checkpoint(graph: Graph, checkpoint: str, lora: str | None) -> tuple[str, list, list]:
+    """The loader's id and links to MODEL and CLIP, with a LoRA on both where one is named."""
+    loader = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    if lora is None:
+        return loader, [loader, 0], [loader, 1]
+    with_lora = graph.add(
+        "LoraLoader",
+        model=[loader, 0],
+        clip=[loader, 1],
+        lora_name=lora,
+        strength_model=0.8,
+        strength_clip=0.8,
+    )
+    return loader, [with_lora, 0], [with_lora, 1]
+
+
 def conditioning(graph: Graph, clip: list, size: int = 64) -> dict[str, Any]:
     """positive, negative, latent_image and denoise inputs of a sampler."""
     positive = graph.add("CLIPTextEncode", text="a red fox in the snow", clip=clip)
@@ -57,30 +73,20 @@ def quantize_workflow(checkpoint: str, lora: str, variants: list[tuple[str, dict
     Latents out of KSampler, Record and of each quantized MODEL are saved as `latents/<name>`.
     """
     graph = Graph()
-    loader = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
-    with_lora = graph.add(
-        "LoraLoader",
-        model=[loader, 0],
-        clip=[loader, 1],
-        lora_name=lora,
-        strength_model=0.8,
-        strength_clip=0.8,
-    )
-    inputs = conditioning(graph, [with_lora, 1])
-    sampled = graph.add("KSampler", model=[with_lora, 0], **SAMPLING, **inputs)
+    _, model, clip = load_checkpoint(graph, checkpoint, lora)
+    inputs = conditioning(graph, clip)
+    sampled = graph.add("KSampler", model=model, **SAMPLING, **inputs)
     graph.add("SaveLatent", samples=[sampled, 0], filename_prefix="latents/ksampler")
     record = graph.add(
         "ModelOptRecordCalibration",
-        model=[with_lora, 0],
+        model=model,
         **SAMPLING,
         **inputs,
         max_records=8,
     )
     graph.add("SaveLatent", samples=[record, 0], filename_prefix="latents/record")
     for name, options in variants:
-        quantize = graph.add(
-            "ModelOptQuantize", model=[with_lora, 0], calibration=[record, 1], **options
-        )
+        quantize = graph.add("ModelOptQuantize", model=model, calibration=[record, 1], **options)
         graph.add("ModelOptSaveUNet", model=[quantize, 0], filename_prefix=name)
         again = graph.add("KSampler", model=[quantize, 0], **SAMPLING, **inputs)
         graph.add("SaveLatent", samples=[again, 0], filename_prefix=f"latents/{name}")
@@ -88,20 +94,12 @@ def quantize_workflow(checkpoint: str, lora: str, variants: list[tuple[str, dict
 
 
 def generate_workflow(
-    checkpoint: str, lora: str, unets: list[tuple[str, str]], loader_node: str
+    checkpoint: str, lora: str | None, unets: list[tuple[str, str]], loader_node: str
 ) -> Graph:
     """Load → KSampler → SaveLatent, VAEDecode → SaveImage for each (name, file)."""
     graph = Graph()
-    loader = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
-    with_lora = graph.add(
-        "LoraLoader",
-        model=[loader, 0],
-        clip=[loader, 1],
-        lora_name=lora,
-        strength_model=0.8,
-        strength_clip=0.8,
-    )
-    inputs = conditioning(graph, [with_lora, 1])
+    loader, _, clip = load_checkpoint(graph, checkpoint, lora)
+    inputs = conditioning(graph, clip)
     for name, file in unets:
         extra = {"weight_dtype": "default"} if loader_node == "UNETLoader" else {}
         unet = graph.add(loader_node, unet_name=file, **extra)

@@ -9,13 +9,14 @@ import comfy.model_management
 import comfy.patcher_extension
 import comfy.sd
 import comfy.utils
-import nodes
 import pytest
 import torch
 from comfyui_modelopt.devtools import synthetic
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.calibration import Calibration, load, save
 from comfyui_modelopt.quantize.records import Recorder
+
+import nodes
 
 SPY = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 
@@ -135,7 +136,10 @@ def controlled(cond):
         {"sampler_name": "dpmpp_2m_sde"},
         {"sampler_name": "ddim", "cfg": 1.0},
         {"sampler_name": "uni_pc", "latent_image": empty(72, 40, batch=2)},
-        {"denoise": 0.5, "latent_image": {"samples": torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)}},
+        {
+            "denoise": 0.5,
+            "latent_image": {"samples": torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8)},
+        },
         {"denoise": 0.0},
     ],
     ids=str,
@@ -318,7 +322,7 @@ def test_prompts_need_a_prompt_a_clip_and_a_budget(loaded):
 
 def recorders():
     gc.collect()
-    return [thing for thing in gc.get_objects() if isinstance(thing, Recorder)]
+    return [thing for thing in gc.get_objects() if type(thing) is Recorder]
 
 
 def test_the_model_is_as_it_was(loaded, conds):
@@ -397,7 +401,29 @@ def test_a_calibration_of_another_architecture_is_refused_before_sampling(loaded
 
 def test_a_model_without_a_unet_is_refused(loaded, conds, monkeypatch):
     monkeypatch.setattr(loaded[0].model, "diffusion_model", torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"built on a UNet .* got Linear in a BaseModel MODEL: use"):
+    with pytest.raises(
+        ValueError, match=r"built on a UNet .* got Linear in a BaseModel MODEL: use"
+    ):
         sampling.record(loaded[0], **settings(conds), max_records=2)
     with pytest.raises(ValueError, match="built on a UNet"):
         sample_prompts(loaded, ["a"], 2)
+
+
+def test_pooled_conditioning_of_sdxl_is_recorded(tmp_path):
+    specs = synthetic.unet_specs("sdxl", "tiny")
+    state = synthetic.state_dict(specs, prefix=synthetic.UNET)
+    model, outputs = spied(comfy.sd.load_diffusion_model_state_dict(state))
+    conds = [
+        [[torch.full((1, 77, 2048), value), {"pooled_output": torch.full((1, 1280), value)}]]
+        for value in (0.5, -0.5)
+    ]
+    named = settings(conds, steps=2)
+    expected = ksampler(model, named)["samples"]
+    outputs.clear()
+    latent, made = sampling.record(model, **named, max_records=4)
+    assert torch.equal(latent["samples"], expected)
+    assert made.signature["adm_in_channels"] == 2816
+    back = load(save(made, tmp_path / "a.safetensors"))
+    for record, output in zip(back, outputs, strict=True):
+        assert record.y.shape == (2, 2816)
+        assert torch.equal(replay(model, record), output)

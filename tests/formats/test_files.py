@@ -1,0 +1,160 @@
+"""Damaged, foreign, edited and newer files: each named by rule, value, place and remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from comfyui_modelopt.formats import files
+from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
+from comfyui_modelopt.utils.files import save_safetensors
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+def small(kind="conv2d") -> QuantizedCheckpoint:
+    shape = (4, 3, 3, 3) if kind == "conv2d" else (4, 3)
+    tensors = {
+        "a.weight": torch.ones(shape, dtype=torch.int8),
+        "a.weight_scale": torch.ones(4, *([1] * (len(shape) - 1))),
+        "a.bias": torch.zeros(4, dtype=torch.float16),
+    }
+    if kind == "conv2d":
+        tensors["a.input_scale"] = torch.tensor(0.5)
+    return QuantizedCheckpoint(tensors, {"a": Layer("int8", kind)}, {"recipe": {}})
+
+
+def reread(path):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    return files.parse(load_file(path), metadata, str(path))
+
+
+def edited(tmp_path, change) -> str:
+    """A good file after `change(tensors, modelopt header)`."""
+    path = tmp_path / "good.safetensors"
+    files.write(small(), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors, header = load_file(path), json.loads(metadata["modelopt"])
+    change(tensors, header)
+    metadata["modelopt"] = json.dumps(header)
+    out = tmp_path / "edited.safetensors"
+    save_file(tensors, out, metadata)
+    return str(out)
+
+
+def remove(key):
+    return lambda tensors, header: tensors.pop(key)
+
+
+def put(key, value):
+    return lambda tensors, header: tensors.update({key: value})
+
+
+def layer(**change):
+    return lambda tensors, header: header["layers"]["a"].update(change)
+
+
+P = "modelopt."
+EDITS = {
+    "weight gone": (remove(P + "a.weight"), "layer a must have a weight"),
+    "scale gone": (remove(P + "a.weight_scale"), "must have a weight_scale"),
+    "input scale gone": (remove(P + "a.input_scale"), "must have a input_scale"),
+    "scale shape": (
+        put(P + "a.weight_scale", torch.ones(4)),
+        r"shape \(4, 1, 1, 1\), found \(4,\)",
+    ),
+    "scale zero": (put(P + "a.input_scale", torch.tensor(0.0)), "positive and finite"),
+    "scale nan": (put(P + "a.weight_scale", torch.full((4, 1, 1, 1), torch.nan)), "positive"),
+    "scale dtype": (put(P + "a.input_scale", torch.tensor(1.0).half()), "must be float32"),
+    "weight dtype": (put(P + "a.weight", torch.ones(4, 3, 3, 3)), "stored as torch.int8"),
+    "weight rank": (put(P + "a.weight", torch.ones(4, 3, dtype=torch.int8)), "4 for a conv2d"),
+    "stray smoothing": (put(P + "a.pre_quant_scale", torch.ones(3)), "no pre_quant_scale"),
+    "unknown format": (layer(format="int3"), "found 'int3'.*update"),
+    "layer not a layer": (lambda t, h: h["layers"].update(a=7), "layer a must state"),
+    "layers not a table": (lambda t, h: h.update(layers=3), "list the quantized layers"),
+    "no layers": (lambda t, h: h.update(layers={}), "none"),
+    "newer version": (lambda t, h: h.update(format_version=2), "has 2: update ComfyUI-ModelOpt"),
+    "version a word": (lambda t, h: h.update(format_version="x"), "found 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edited_files_are_refused_by_name(tmp_path, name):
+    change, message = EDITS[name]
+    path = edited(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        reread(path)
+    assert path in str(caught.value)
+
+
+def test_header_that_is_not_json(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1)}, path, {"modelopt": "{"})
+    with pytest.raises(ValueError, match="must be JSON"):
+        reread(path)
+
+
+def test_foreign_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="Load Diffusion Model"):
+        reread(path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -7])
+def test_truncated_file(tmp_path, size):
+    path = tmp_path / "x.safetensors"
+    files.write(small(), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        files.check_readable(path)
+
+
+def test_stock_files_have_bare_keys_and_others_a_prefix(tmp_path):
+    for kind, prefix in (("linear", ""), ("conv2d", "modelopt.")):
+        path = tmp_path / f"{kind}.safetensors"
+        files.write(small(kind), path)
+        assert f"{prefix}a.weight" in load_file(path)
+        again = reread(path)
+        assert again.layers == small(kind).layers
+        assert again.tensors.keys() == small(kind).tensors.keys()
+
+
+def test_an_existing_file_is_never_overwritten(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError):
+        files.write(small(), path)
+    assert path.read_text() == "mine"
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_folder_that_is_a_file(tmp_path):
+    (tmp_path / "folder").write_text("")
+    with pytest.raises(OSError, match="cannot|needs a folder"):
+        save_safetensors({"a": torch.ones(1)}, tmp_path / "folder" / "x.safetensors", {})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the limit on file sizes is POSIX")
+def test_no_space_leaves_nothing_behind(tmp_path):
+    """A real write that the system refuses half-way: a process that may write 1 MB at most."""
+    code = (
+        "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import conftest, torch\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "from comfyui_modelopt.utils.files import save_safetensors\n"
+        "try: save_safetensors({'a': torch.ones(2**20)}, sys.argv[2], {})\n"
+        "except OSError as error: sys.exit(0 if 'needs 4 MB of free space' in str(error) else 3)\n"
+        "sys.exit(4)\n"
+    )
+    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    target = tmp_path / "x.safetensors"
+    done = subprocess.run([sys.executable, "-c", code, tests, str(target)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,193 @@
+"""What is stored and computed here is what ModelOpt's own fake-quantized UNet stores and computes."""
+
+from __future__ import annotations
+
+import copy
+
+import comfy.model_management
+import pytest
+import torch
+from comfyui_modelopt.formats import FORMATS
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.quantize import engine, modelopt, quality
+from comfyui_modelopt.quantize.bridge import unet as bridge
+from comfyui_modelopt.quantize.layers import select
+from comfyui_modelopt.quantize.recipe import Recipe
+
+RECIPES = {
+    "int8-max": Recipe("int8"),
+    "int8-smoothquant": Recipe("int8", "smoothquant", 0.5),
+    "int8-linear-only": Recipe("int8", layers="linear only"),
+    "fp8-max": Recipe("fp8"),
+    "fp8-linear-only": Recipe("fp8", layers="linear only"),
+}
+E4M3 = {"num_bits": (4, 3), "axis": None}
+INT8 = {"num_bits": 8, "axis": None}
+PER_TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
+
+
+def records_of(calibration):
+    return [record for run in calibration.runs for record in run.records]
+
+
+def fake_quantized(model, recipe: Recipe, records, dynamic: bool = True) -> torch.nn.Module:
+    """ModelOpt's fake-quantized UNet by ModelOpt's plain way: one `mtq.quantize` with the recipe.
+
+    dynamic: INT8 Linears quantize their activations per token afterwards, as ours do.
+    """
+    import modelopt.torch.quantization as mtq
+
+    unet = bridge.copy_unet(model)
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.clone()
+    layers = select(unet, recipe.layers, list(recipe.skip))
+    modelopt.register(unet, layers)
+    weight = {"num_bits": 8, "axis": 0} if recipe.format == "int8" else E4M3
+    activation = INT8 if recipe.format == "int8" else E4M3
+    config = [{"quantizer_name": "*", "enable": False}]
+    for name in layers:
+        config.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": weight})
+        config.append({"quantizer_name": f"{name}.input_quantizer", "cfg": activation})
+    algorithm = recipe.algorithm
+    if algorithm == "smoothquant":
+        algorithm = {"method": "smoothquant", "alpha": recipe.alpha}
+
+    def replay(twin):
+        for record in records:
+            args, kwargs = record.arguments()
+            twin(*args, **kwargs)
+
+    mtq.quantize(unet, {"quant_cfg": config, "algorithm": algorithm}, replay)
+    if recipe.format == "int8" and dynamic:
+        for name, kind in layers.items():
+            if kind == "linear":
+                quantizer = unet.get_submodule(name).input_quantizer
+                quantizer.reset_amax()
+                quantizer.set_from_attribute_config(PER_TOKEN)
+    return unet
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def case(request, sd15, calibration):
+    """(recipe, what we made, ModelOpt's fake-quantized UNet)"""
+    recipe = RECIPES[request.param]
+    with torch.no_grad():
+        made = engine.quantize_model(sd15[0], recipe, calibration)
+        theirs = fake_quantized(sd15[0], recipe, records_of(calibration))
+    return recipe, made, theirs
+
+
+@pytest.fixture(scope="module")
+def outputs(case):
+    """Outputs on the evaluation records: ours exact, ours as loaded by default, ModelOpt's."""
+    _, made, theirs = case
+    device = comfy.model_management.get_torch_device()
+    with torch.no_grad():
+        exact = bridge.run_loaded(
+            loader.load(made.checkpoint, exact=True), made.records, lambda: None
+        )
+        loaded = bridge.run_loaded(loader.load(made.checkpoint), made.records, lambda: None)
+        fakes = quality.outputs(theirs, made.records, device, torch.float32, lambda: None)
+    return exact, loaded, fakes
+
+
+def test_every_selected_layer_is_quantized_and_no_other(case):
+    recipe, made, theirs = case
+    enabled = {
+        name.removesuffix(".weight_quantizer")
+        for name, module in theirs.named_modules()
+        if name.endswith(".weight_quantizer") and module.is_enabled
+    }
+    assert set(made.checkpoint.layers) == enabled
+    assert any(name.endswith("proj_out") for name in enabled) or recipe.layers == "linear only"
+    assert not any("emb_layers" in name or "skip_connection" in name for name in enabled)
+
+
+def test_stored_values_are_those_modelopt_rounds_to(case):
+    _, made, theirs = case
+    tensors = made.checkpoint.tensors
+    for name, layer in made.checkpoint.layers.items():
+        module = theirs.get_submodule(name)
+        with torch.no_grad():
+            fake = module.weight_quantizer(module.weight.float())
+        stored, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+        assert bool((scale > 0).all())
+        numerics = FORMATS[layer.format]
+        again = numerics.quantize(fake, module.weight_quantizer.amax)["weight"]
+        assert torch.equal(stored.float(), again.float()), name
+        restored = numerics.dequantize(stored, scale)
+        last_place = torch.nextafter(fake.abs(), torch.tensor(torch.inf)) - fake.abs()
+        assert bool(((restored - fake).abs() <= last_place).all()), name
+
+
+def test_activation_scales_are_modelopts(case):
+    recipe, made, theirs = case
+    for name, layer in made.checkpoint.layers.items():
+        quantizer = theirs.get_submodule(name).input_quantizer
+        if "input_scale" in layer.scales:
+            scale = made.checkpoint.tensors[f"{name}.input_scale"]
+            qmax = FORMATS[layer.format].QMAX
+            torch.testing.assert_close(scale * qmax, quantizer.amax.float().reshape(()))
+        if layer.smoothed:
+            scale = made.checkpoint.tensors[f"{name}.pre_quant_scale"]
+            assert torch.equal(scale, quantizer.pre_quant_scale.float().reshape(-1))
+    assert any(x.smoothed for x in made.checkpoint.layers.values()) == (
+        recipe.algorithm == "smoothquant"
+    )
+
+
+def test_unet_agrees_with_modelopts(outputs):
+    exact, _, fakes = outputs
+    for mine, fake in zip(exact, fakes, strict=True):
+        assert ((mine - fake).norm() / fake.norm()).item() < 1e-3
+
+
+def test_quality_is_modelopts(case, outputs):
+    _, made, _ = case
+    exact, loaded, fakes = (quality.summary(made.references, o)["sqnr_db"] for o in outputs)
+    assert abs(exact - fakes) < 0.5
+    # a file that stock opens runs without rounding activations where there are no FP8 units
+    assert loaded > fakes - 0.5
+
+
+def test_per_token_activations_are_no_worse_than_static(sd15, calibration):
+    device = comfy.model_management.get_torch_device()
+    records = records_of(calibration)
+    recipe = RECIPES["int8-linear-only"]
+    with torch.no_grad():
+        reference = quality.outputs(
+            bridge.copy_unet(sd15[0]), records, device, torch.float32, lambda: None
+        )
+        figures = {}
+        for dynamic in (True, False):
+            unet = fake_quantized(sd15[0], recipe, records, dynamic)
+            outputs = quality.outputs(unet, records, device, torch.float32, lambda: None)
+            figures[dynamic] = quality.summary(reference, outputs)["sqnr_db"]
+    assert figures[True] >= figures[False]
+
+
+def test_smoothquant_beats_max_where_activations_have_outliers():
+    """One Linear whose input has a few channels 50 times larger than the rest, per-token INT8."""
+    from comfyui_modelopt.kernels import int8 as kernels
+
+    torch.manual_seed(0)
+    x = torch.randn(256, 320)
+    x[:, ::40] *= 50
+    layer = torch.nn.Linear(320, 256, bias=False)
+    expected = layer(x)
+    errors = {}
+    for smoothed in (False, True):
+        module = copy.deepcopy(layer)
+        scale = None
+        if smoothed:
+            holder = torch.nn.ModuleDict({"layer": module})
+            recipe = Recipe("int8", "smoothquant", 0.5, skip=())
+            modelopt.calibrate(holder, recipe, {"layer": "linear"}, lambda m: m["layer"](x))
+            modelopt.smooth(module, 0.5)
+            scale = module.input_quantizer.pre_quant_scale.float().reshape(-1)
+        weight = module._parameters["weight"].data
+        stored = FORMATS["int8"].quantize(weight, FORMATS["int8"].weight_amax(weight))
+        given = x if scale is None else x * scale
+        out = kernels.linear_reference(given, stored["weight"], stored["weight_scale"], None)
+        errors[smoothed] = (out - expected).norm().item()
+    assert errors[True] < 0.7 * errors[False]

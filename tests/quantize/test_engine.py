@@ -1,0 +1,191 @@
+"""The user's MODEL is never changed; bad input is named; cancel works; LoRAs are baked in."""
+
+from __future__ import annotations
+
+import hashlib
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from comfyui_modelopt.formats import FORMATS
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.quantize import engine
+from comfyui_modelopt.quantize import layers as layer_choice
+from comfyui_modelopt.quantize.bridge import unet as bridge
+from comfyui_modelopt.quantize.recipe import Recipe
+
+INT8 = Recipe("int8")
+SMOOTH = Recipe("int8", "smoothquant", 0.5)
+
+
+def digest(model) -> str:
+    """Hash of every tensor and patch of a MODEL, and of its module types."""
+    comfy.model_management.unload_all_models()
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(model.model.state_dict().items()):
+        hasher.update(name.encode() + str(tensor.dtype).encode())
+        hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    for key, patches in sorted(model.patches.items()):
+        hasher.update(f"{key}{[(p[0], p[2], p[3]) for p in patches]}".encode())
+        for patch in patches:
+            for weight in patch[1].weights:
+                if isinstance(weight, torch.Tensor):
+                    hasher.update(weight.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, module in model.model.named_modules():
+        hasher.update(f"{name}{type(module).__qualname__}".encode())
+    return hasher.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def patched(sd15, checkpoints):
+    lora = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
+    return comfy.sd.load_lora_for_models(sd15[0], None, lora, 1.0, 0)[0]
+
+
+@pytest.mark.parametrize("recipe", [INT8, SMOOTH, Recipe("fp8")])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_model_comes_out_as_it_went_in(patched, calibration, recipe, loaded):
+    before = digest(patched)
+    if loaded:  # with its patches in place, as after a KSampler
+        comfy.model_management.load_models_gpu([patched])
+    engine.quantize_model(patched, recipe, calibration)
+    assert digest(patched) == before
+
+
+@pytest.mark.parametrize("recipe", [INT8, SMOOTH])
+@pytest.mark.parametrize("after", [0, 3, 9, 40])
+def test_cancel_leaves_the_model_as_it_was(patched, calibration, recipe, after, monkeypatch):
+    before = digest(patched)
+    steps = 0
+    real = bridge.progress
+
+    def counting(total):
+        step = real(total)
+
+        def counted():
+            nonlocal steps
+            steps += 1
+            if steps > after:
+                comfy.model_management.interrupt_current_processing(True)
+            step()
+
+        return counted
+
+    monkeypatch.setattr(bridge, "progress", counting)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        engine.quantize_model(patched, recipe, calibration)
+    assert steps == after + 1
+    assert digest(patched) == before
+
+
+def test_failing_half_way_leaves_the_model_as_it_was(patched, calibration, monkeypatch):
+    before = digest(patched)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(FORMATS["int8"], "quantize", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.quantize_model(patched, SMOOTH, calibration)
+    assert digest(patched) == before
+
+
+def test_lora_patches_are_baked_in(sd15, patched, calibration):
+    plain = engine.quantize_model(sd15[0], INT8, calibration).checkpoint
+    baked = engine.quantize_model(patched, INT8, calibration).checkpoint
+    assert baked.header["baked_patches"] == len(patched.patches)
+    key = next(k for k in patched.patches if k.endswith("attn1.to_q.weight"))
+    name = key.removeprefix("diffusion_model.").removesuffix(".weight")
+    wanted = patched.patch_weight_to_device(key, return_weight=True).float()
+    got = FORMATS["int8"].dequantize(
+        baked.tensors[f"{name}.weight"], baked.tensors[f"{name}.weight_scale"]
+    )
+    step = baked.tensors[f"{name}.weight_scale"]
+    assert bool(((got - wanted).abs() <= 0.5001 * step).all())
+    assert not torch.equal(plain.tensors[f"{name}.weight"], baked.tensors[f"{name}.weight"])
+
+
+def test_linear_only_int8_needs_no_calibration(sd15):
+    made = engine.quantize_model(sd15[0], Recipe("int8", layers="linear only"))
+    engine.measure(made, loader.load(made.checkpoint))
+    assert made.figures is None
+    assert made.checkpoint.opens_in_stock
+
+
+@pytest.mark.parametrize("recipe", [INT8, SMOOTH, Recipe("fp8", layers="linear only")])
+def test_missing_calibration_is_named(sd15, recipe):
+    with pytest.raises(ValueError, match="needs recorded activations, no CALIBRATION"):
+        engine.quantize_model(sd15[0], recipe)
+
+
+def test_calibration_of_another_architecture(sd15, calibration):
+    import dataclasses
+
+    other = dataclasses.replace(calibration, signature={**calibration.signature, "model": "SDXL"})
+    with pytest.raises(ValueError, match="SDXL"):
+        engine.quantize_model(sd15[0], INT8, other)
+
+
+def test_patterns_that_match_nothing(sd15, calibration):
+    recipe = Recipe("int8", skip=("*.no_such_layer",))
+    with pytest.raises(ValueError, match=r"'\*.no_such_layer' matches none"):
+        engine.quantize_model(sd15[0], recipe, calibration)
+
+
+def test_patterns_that_match_everything(sd15, calibration):
+    with pytest.raises(ValueError, match="at least one layer must be left"):
+        engine.quantize_model(sd15[0], Recipe("int8", skip=("*",)), calibration)
+
+
+def test_default_patterns_may_match_nothing(sd15):
+    """label_emb.* is in the defaults and SD1.5 has none."""
+    unet = sd15[0].model.diffusion_model
+    chosen = layer_choice.select(unet, "linear + conv", list(layer_choice.DEFAULT_SKIP))
+    assert len(chosen) > 20
+
+
+def test_already_quantized(sd15, calibration):
+    made = engine.quantize_model(sd15[0], INT8, calibration)
+    with pytest.raises(ValueError, match="already quantized"):
+        engine.quantize_model(loader.load(made.checkpoint), INT8, calibration)
+
+
+def test_nan_weights_are_named(checkpoints, calibration):
+    state = comfy.utils.load_torch_file(str(checkpoints / "sd15.safetensors"))
+    prefix, name = "model.diffusion_model.", "middle_block.1.proj_in"
+    unet = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    unet[f"{name}.weight"] = unet[f"{name}.weight"].clone()
+    unet[f"{name}.weight"].view(-1)[5] = torch.nan
+    model = comfy.sd.load_diffusion_model_state_dict(unet)
+    with pytest.raises(ValueError, match=f"{name} holds NaN"):
+        engine.quantize_model(model, INT8, calibration)
+
+
+def test_a_model_without_a_unet():
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+
+    class Transformer(torch.nn.Module):
+        pass
+
+    class Base:
+        diffusion_model = Transformer()
+
+    class Patcher:
+        model = Base()
+
+    assert not isinstance(Base.diffusion_model, openaimodel.UNetModel)
+    with pytest.raises(ValueError, match="the MODEL is a Transformer"):
+        engine.quantize_model(Patcher(), INT8)
+
+
+def test_sixteen_bits():
+    assert engine.sixteen_bits(torch.tensor([1.5])).dtype == torch.float16
+    assert engine.sixteen_bits(torch.tensor([1e6])).dtype == torch.bfloat16
+    assert engine.sixteen_bits(torch.tensor([1.0]).bfloat16()).dtype == torch.bfloat16
+
+
+def test_patterns_text():
+    text = "a.*\n\n  b # why\n# all\n"
+    assert layer_choice.parse_patterns(text) == ["a.*", "b"]
