@@ -137,7 +137,7 @@ def test_an_existing_file_is_never_overwritten(tmp_path):
 
 def test_folder_that_is_a_file(tmp_path):
     (tmp_path / "folder").write_text("")
-    with pytest.raises(OSError, match="cannot|needs a folder"):
+    with pytest.raises(OSError, match="saving needs a folder"):
         save_safetensors({"a": torch.ones(1)}, tmp_path / "folder" / "x.safetensors", {})
 
 
@@ -150,7 +150,7 @@ def test_no_space_leaves_nothing_behind(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
         "from comfyui_modelopt.utils.files import save_safetensors\n"
         "try: save_safetensors({'a': torch.ones(2**20)}, sys.argv[2], {})\n"
-        "except OSError as error: sys.exit(0 if 'needs 4 MB of free space' in str(error) else 3)\n"
+        "except OSError as error: sys.exit(0 if '4 MB of free space' in str(error) else 3)\n"
         "sys.exit(4)\n"
     )
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
