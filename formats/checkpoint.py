@@ -18,11 +18,16 @@ KINDS = {2: "linear", 4: "conv2d"}
 
 @dataclass(frozen=True)
 class Layer:
-    """format: a name of FORMATS; kind: "linear" or "conv2d"; smoothed: has a pre_quant_scale."""
+    """format: a name of FORMATS; kind: "linear" or "conv2d"; smoothed: has a pre_quant_scale.
+
+    input_amax: the calibrated largest activation, where the layer has an `input_scale`; kept
+    because the scale alone does not give it back to the last bit.
+    """
 
     format: str
     kind: str
     smoothed: bool = False
+    input_amax: float | None = None
 
     @property
     def comfy_format(self) -> str:

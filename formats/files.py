@@ -127,4 +127,11 @@ def _layer(name: str, entry, where: str) -> Layer:
             f"layer {name} must have a format of {', '.join(FORMATS)}, "
             f"found {entry['format']!r} in {where}: update ComfyUI-ModelOpt"
         )
-    return Layer(**{key: entry[key] for key in fields})
+    amax = entry.get("input_amax")
+    if amax is not None and not isinstance(amax, (int, float)):
+        _fail_amax(name, amax, where)
+    return Layer(**{key: entry[key] for key in fields}, input_amax=amax)
+
+
+def _fail_amax(name: str, amax, where: str) -> None:
+    raise ValueError(f"input_amax of {name} must be a number, found {amax!r} in {where}: {REMEDY}")

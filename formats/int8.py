@@ -43,7 +43,9 @@ def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor
     """
     amax = amax.float().reshape(scale_shape(tuple(weight.shape)))
     dead = amax <= AMAX_EPSILON
-    step = torch.where(dead, 0.0, QMAX / torch.where(dead, 1.0, amax))
+    # a tensor over a tensor: PyTorch turns a number over a tensor into a product with the
+    # reciprocal, whose second rounding would move some ties
+    step = torch.where(dead, 0.0, torch.full_like(amax, QMAX) / torch.where(dead, 1.0, amax))
     q = (weight.float() * step).round_().clamp_(-QMAX, QMAX).to(torch.int8)
     return {"weight": q, "weight_scale": torch.where(dead, 1.0, amax) / QMAX}
 
@@ -51,6 +53,27 @@ def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor
 def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """int8 [out, in, ...] and float32 [out, 1, ...] -> float32 [out, in, ...]."""
     return weight.float() * weight_scale
+
+
+def amax_of(scale: torch.Tensor) -> torch.Tensor:
+    """The amax whose scale this is: float32, such that amax / 127 rounds to `scale`.
+
+    In one float32 out of ninety two neighbours share a scale; the one with more trailing zero bits
+    is taken, which is right for every weight that came from 16 bits.
+    """
+    near = scale * QMAX
+    best, zeros = near, torch.full(near.shape, -1, device=near.device)
+    for candidate in (
+        near,
+        torch.nextafter(near, torch.zeros_like(near)),
+        torch.nextafter(near, torch.full_like(near, torch.inf)),
+    ):
+        bits = candidate.view(torch.int32)
+        trailing = sum(((bits & ((1 << n) - 1)) == 0).int() for n in range(1, 24))
+        better = (candidate / QMAX == scale) & (trailing > zeros)
+        best = torch.where(better, candidate, best)
+        zeros = torch.where(better, trailing, zeros)
+    return best
 
 
 def input_scale(amax: torch.Tensor) -> torch.Tensor:

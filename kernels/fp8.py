@@ -43,3 +43,24 @@ def conv2d_reference(
     if bias is not None:
         out = out + bias.float().reshape(1, -1, 1, 1)
     return out.to(x.dtype)
+
+
+def fake_quantize(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's E4M3 fake quantization, operation by operation: float32 in, float32 out."""
+    step = QMAX / amax.clamp(min=2.0**-24)
+    q = (x.float() * step).clamp(-QMAX, QMAX).to(torch.float8_e4m3fn)
+    return q.float() * (1 / step)
+
+
+def linear_fake(x, input_amax, weight, weight_scale, bias):
+    """`linear_reference` as ModelOpt simulates it: float32 products of fake-quantized values.
+
+    For verification: bit-identical to ModelOpt's module where it is given the same input.
+    """
+    return F.linear(fake_quantize(x, input_amax), weight.float() * weight_scale, bias)
+
+
+def conv2d_fake(x, input_amax, weight, weight_scale, bias, stride, padding, dilation):
+    """`conv2d_reference` as ModelOpt simulates it; see `linear_fake`."""
+    w = weight.float() * weight_scale
+    return F.conv2d(fake_quantize(x, input_amax), w, bias, stride, padding, dilation)

@@ -137,3 +137,29 @@ def conv2d_reference(
     if bias is not None:
         out = out + bias.float().reshape(1, -1, 1, 1)
     return out.to(x.dtype)
+
+
+def fake_quantize(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """ModelOpt's INT8 fake quantization, operation by operation: float32 in, float32 out."""
+    step = torch.full_like(amax, QMAX) / amax.clamp(min=2.0**-24)
+    return (x.float() * step).round_().clamp_(-QMAX, QMAX) / step
+
+
+def linear_fake(x, weight, weight_amax, bias):
+    """`linear_reference` as ModelOpt simulates it: float32 products of fake-quantized values.
+
+    For verification: bit-identical to ModelOpt's module where it is given the same input, which
+    integer products are not (they agree to float32 rounding).
+    """
+    q = fake_quantize(x, x.float().abs().amax(dim=-1, keepdim=True))
+    return F.linear(q, _fake_weight(weight, weight_amax), bias)
+
+
+def conv2d_fake(x, input_amax, weight, weight_amax, bias, stride, padding, dilation):
+    """`conv2d_reference` as ModelOpt simulates it; see `linear_fake`."""
+    w = _fake_weight(weight, weight_amax)
+    return F.conv2d(fake_quantize(x, input_amax), w, bias, stride, padding, dilation)
+
+
+def _fake_weight(weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    return weight.float() / (torch.full_like(amax, QMAX) / amax)

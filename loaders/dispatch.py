@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..formats import FORMATS
+from ..formats import FORMATS, int8
 from ..formats.checkpoint import Layer
 from ..kernels import fp8 as fp8_kernels
 from ..kernels import int8 as int8_kernels
@@ -59,12 +59,47 @@ KITCHEN = {
 }
 
 
-def choose(layer: Layer, device: torch.device, as_stock: bool) -> Kernel:
+AUTO, INTEGER, FAKE = "auto", "integer", "fake"
+
+
+def _fake(layer: Layer) -> Kernel:
+    """ModelOpt's own simulation in float32."""
+    amax = torch.tensor(layer.input_amax or 0.0)
+
+    def int8_linear(x, input_scale, weight, weight_scale, bias):
+        return int8_kernels.linear_fake(x, weight, int8.amax_of(weight_scale), bias)
+
+    def int8_conv2d(x, input_scale, weight, weight_scale, bias, *geometry):
+        w_amax = int8.amax_of(weight_scale)
+        return int8_kernels.conv2d_fake(x, amax.to(x.device), weight, w_amax, bias, *geometry)
+
+    def fp8_linear(x, input_scale, weight, weight_scale, bias):
+        return fp8_kernels.linear_fake(x, amax.to(x.device), weight, weight_scale, bias)
+
+    def fp8_conv2d(x, input_scale, weight, weight_scale, bias, *geometry):
+        return fp8_kernels.conv2d_fake(x, amax.to(x.device), weight, weight_scale, bias, *geometry)
+
+    table = {
+        ("int8", "linear"): {"linear": int8_linear},
+        ("int8", "conv2d"): {"conv2d": int8_conv2d},
+        ("fp8", "linear"): {"linear": fp8_linear},
+        ("fp8", "conv2d"): {"conv2d": fp8_conv2d},
+    }
+    name = f"{layer.format} {layer.kind}: ModelOpt's simulation"
+    return Kernel(name, "asked for", **table[(layer.format, layer.kind)])
+
+
+def choose(layer: Layer, device: torch.device, as_stock: bool, arithmetic: str = AUTO) -> Kernel:
     """The kernel for a layer on a device.
 
     as_stock: the file opens in stock ComfyUI, whose result on a device without FP8 units is the
-    dequantized one; such a file gives the same picture here and there.
+    dequantized one; such a file gives the same picture here and there. arithmetic: AUTO; INTEGER
+    emulates the low-precision units also for such a file; FAKE runs ModelOpt's float32 simulation,
+    to verify against ModelOpt.
     """
+    if arithmetic == FAKE:
+        return _fake(layer)
+    as_stock = as_stock and arithmetic == AUTO
     key = (layer.format, layer.kind)
     needed = FORMATS[layer.format].CAPABILITY
     if device.type == "cuda":

@@ -29,7 +29,7 @@ class QuantizedOp:
         layer = self.LAYERS.get(prefix.removesuffix("."))
         if layer is None:
             weight = state_dict.get(prefix + "weight")
-            if weight is not None and self.COMPUTE_DTYPE == torch.float32:
+            if weight is not None and torch.float32 == self.COMPUTE_DTYPE:
                 # stock would hold an unquantized Linear in 32 bits; the cast per call is the same
                 self.factory_kwargs = {"device": None, "dtype": weight.dtype}
             super()._load_from_state_dict(

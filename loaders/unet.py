@@ -38,12 +38,11 @@ def load(
     checkpoint: QuantizedCheckpoint,
     where: str = "the quantized checkpoint",
     disable_dynamic: bool = False,
-    exact: bool = False,
+    arithmetic: str = dispatch.AUTO,
 ):
     """Checkpoint -> ModelPatcher, through ComfyUI's detection. The checkpoint is not changed.
 
-    exact: where there are no low-precision units, emulate their arithmetic also for a file that
-    stock ComfyUI would run dequantized there. Raises ValueError (rule, value, where, remedy).
+    arithmetic: see `dispatch.choose`. Raises ValueError (rule, value, where, remedy).
     """
     checkpoint.validate(where)
     tensors = files.marked(checkpoint)
@@ -56,11 +55,11 @@ def load(
     compute_dtype = comfy.model_management.unet_manual_cast(
         None, device, config.supported_inference_dtypes
     )
-    as_stock = checkpoint.opens_in_stock and not exact
+    as_stock = checkpoint.opens_in_stock
     operations = ops.quantized_ops(
         compute_dtype,
         checkpoint.layers,
-        lambda layer: dispatch.choose(layer, device, as_stock),
+        lambda layer: dispatch.choose(layer, device, as_stock, arithmetic),
     )
     options = {"custom_operations": operations}
     if device.type == "cpu":

@@ -135,14 +135,16 @@ def _pack(
         if smoothed:
             modelopt.smooth(module, recipe.alpha)
         stored = module_of.quantize(module._parameters["weight"].data, module.weight_quantizer.amax)
+        amax = None
         if module_of.needs_input_scale(kind):
+            amax = module.input_quantizer.amax.float().item()
             stored["input_scale"] = module_of.input_scale(module.input_quantizer.amax)
         if smoothed:
             stored["pre_quant_scale"] = module.input_quantizer.pre_quant_scale.float().reshape(-1)
         if module.bias is not None:
             stored["bias"] = sixteen_bits(module.bias.data)
         tensors |= {f"{name}.{key}": value.cpu() for key, value in stored.items()}
-        table[name] = Layer(recipe.format, kind, smoothed)
+        table[name] = Layer(recipe.format, kind, smoothed, amax)
         module._parameters["weight"] = None
         step()
     taken = set(layers)

@@ -1,0 +1,196 @@
+"""Bytes and host memory of quantizing and loading full-size UNets, each stage in its own process.
+
+`python benchmarks/file_size.py --family sd15 sdxl` writes benchmarks/results/file_size.json and a
+table. The weights are random (shapes and bytes are those of the real architectures); quantizing
+replays real UNet calls of a very small picture. Memory is the process's resident set, sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+VARIANTS = (
+    ("int8", "max", "linear + conv"),
+    ("int8", "smoothquant", "linear + conv"),
+    ("fp8", "max", "linear + conv"),
+)
+
+
+class PeakMemory:
+    """Peak resident set of this process while the context is open, in bytes."""
+
+    def __enter__(self):
+        import psutil
+
+        self.process = psutil.Process()
+        self.start = self.peak = self.process.memory_info().rss
+        self.going = True
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.going:
+            self.peak = max(self.peak, self.process.memory_info().rss)
+            time.sleep(0.005)
+
+    def __exit__(self, *_):
+        self.going = False
+        self.thread.join()
+
+
+def _prepare():
+    sys.path.insert(0, str(ROOT / "tests"))
+    import conftest  # noqa: F401  ComfyUI and the pack, as the tests load them
+
+
+def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> dict:
+    """Loads the 16-bit UNet, records, quantizes, writes `target`. Bytes of memory."""
+    _prepare()
+    import comfy.sd
+    import torch
+    from comfyui_modelopt.formats import files
+    from comfyui_modelopt.quantize import engine
+    from comfyui_modelopt.quantize.bridge import sampling
+    from comfyui_modelopt.quantize.recipe import Recipe
+
+    model = comfy.sd.load_diffusion_model(source)
+    width = model.model.model_config.unet_config["context_dim"]
+    pooled = {"pooled_output": torch.randn(1, 1280)}
+    conditioning = [[torch.randn(1, 77, width), pooled]]
+    _, calibration = sampling.record(
+        model,
+        seed=0,
+        steps=2,
+        cfg=5.0,
+        sampler_name="euler",
+        scheduler="normal",
+        positive=conditioning,
+        negative=conditioning,
+        latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+        denoise=1.0,
+        max_records=2,
+    )
+    form, algorithm, layers = variant
+    with PeakMemory() as memory:
+        started = time.monotonic()
+        made = engine.quantize_model(model, Recipe(form, algorithm, layers=layers), calibration)
+        seconds = time.monotonic() - started
+    files.write(made.checkpoint, target)
+    return {
+        "model_rss": memory.start,
+        "extra_rss": memory.peak - memory.start,
+        "seconds": seconds,
+        "layers": len(made.checkpoint.layers),
+    }
+
+
+def stage_load(target: str) -> dict:
+    """Loads a quantized file as the Load node does. Bytes of memory."""
+    _prepare()
+    from comfyui_modelopt.loaders import unet as loader
+
+    with PeakMemory() as memory:
+        started = time.monotonic()
+        loader.load_file(target)
+        seconds = time.monotonic() - started
+    return {"load_extra_rss": memory.peak - memory.start, "load_seconds": seconds}
+
+
+def _run(stage: str, *arguments: str) -> dict:
+    command = [sys.executable, __file__, "--stage", stage, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _make(family: str, folder: Path) -> Path:
+    """A UNet-only fp16 file of the full architecture."""
+    _prepare()
+    from comfyui_modelopt.devtools import synthetic
+    from safetensors.torch import save_file
+
+    path = folder / f"{family}.safetensors"
+    save_file(synthetic.unet_state_dict(family, "full"), path)
+    return path
+
+
+def measure(family: str, folder: Path) -> list[dict]:
+    """One row a variant."""
+    source = Path(_run("make", family, str(folder))["path"])
+    before = source.stat().st_size
+    rows = []
+    for variant in VARIANTS:
+        target = folder / f"{family}-{'-'.join(variant).replace(' ', '')}.safetensors"
+        row = {"family": family, "variant": " ".join(variant), "bytes_before": before}
+        row |= _run("quantize", str(source), str(target), *variant)
+        row["bytes_after"] = target.stat().st_size
+        row["ratio"] = row["bytes_after"] / before
+        row |= _run("load", str(target))
+        row["extra_over_16bit"] = row["extra_rss"] / before
+        row["load_over_file"] = row["load_extra_rss"] / row["bytes_after"]
+        rows.append(row)
+        target.unlink()
+        _say(_line(row))
+    source.unlink()
+    return rows
+
+
+HEAD = (
+    "| model | recipe | 16-bit file | 8-bit file | ratio | extra memory to quantize / 16-bit file "
+    "| memory to load / 8-bit file | quantize s | load s |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def _line(row: dict) -> str:
+    return (
+        f"| {row['family']} | {row['variant']} | {row['bytes_before'] / 1e9:.3f} GB "
+        f"| {row['bytes_after'] / 1e9:.3f} GB | {row['ratio']:.3f} "
+        f"| {row['extra_over_16bit']:.2f} | {row['load_over_file']:.2f} "
+        f"| {row['seconds']:.0f} | {row['load_seconds']:.1f} |"
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", nargs="+", default=["sd15"], choices=["sd15", "sdxl"])
+    parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.stage:
+        stage, *rest = args.stage
+        if stage == "make":
+            result = {"path": str(_make(rest[0], Path(rest[1])))}
+        elif stage == "quantize":
+            result = stage_quantize(rest[0], rest[1], tuple(rest[2:]))
+        else:
+            result = stage_load(rest[0])
+        _say(json.dumps(result))
+        return
+    _say(HEAD)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for family in args.family for row in measure(family, Path(folder))]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    machine = f"{platform.machine()}, {platform.system()}, CPU only"
+    name = "file_size_" + "_".join(args.family)
+    text = json.dumps({"machine": machine, "rows": rows}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    table = "\n".join([f"Measured by `benchmarks/file_size.py` on: {machine}", "", HEAD])
+    (RESULTS / f"{name}.md").write_text(table + "\n" + "\n".join(map(_line, rows)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
