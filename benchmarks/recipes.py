@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -49,7 +48,7 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_name(),
-        "threads": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "gpu": gpu,
         "system": platform.system(),
         "python": platform.python_version(),
@@ -85,12 +84,13 @@ def record(model, clip, prompts, seed: int, args: argparse.Namespace, max_record
 
 def measure(model, recipe, calibration, records: list, references: list) -> dict[str, Any]:
     """Quantizes and loads; SQNR in dB of the loaded UNet's output for `records`, bytes, seconds."""
+    from comfyui_modelopt.loaders import dispatch
     from comfyui_modelopt.loaders import unet as loader
     from comfyui_modelopt.quantize import engine, quality
     from comfyui_modelopt.quantize.bridge import unet as bridge
 
     made = engine.quantize_model(model, recipe, calibration)
-    quantized = loader.load(made.checkpoint, exact=True)
+    quantized = loader.load(made.checkpoint, arithmetic=dispatch.INTEGER)
     outputs = bridge.run_loaded(quantized, records, lambda: None)
     facts = recipe.describe()
     return {
@@ -184,7 +184,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{asked['records']} calls of a prompt and a seed that were not among them; "
             f"{seen['steps'][0]} steps, {seen['resolutions'][0]} px, seeds from {seen['seed']}.",
             "",
-            f"Machine: {where['gpu'] or 'no GPU'}; {where['cpu']}, {where['threads']} threads; "
+            f"Machine: {where['gpu'] or 'no GPU'}; {where['cpu']}, torch on {where['threads']} thread(s); "
             f"torch {where['torch']}, ModelOpt {where['modelopt']}, ComfyUI {where['comfyui']}. "
             "Made by `benchmarks/recipes.py`.",
             "",

@@ -13,20 +13,22 @@ import torch
 import torch.nn.functional as F
 
 QMAX = 127
-# the longest K for which |sum of K products of int8 values| stays below 2**24
-EXACT_K = (2**24 - 1) // (QMAX * QMAX)
+# activations beyond the calibrated range are clipped to int8's own ends, as ModelOpt clips them
+QMIN = -128
+# the longest K for which |sum of K products of an activation and a weight| stays below 2**24
+EXACT_K = (2**24 - 1) // (QMAX * -QMIN)
 # rows of an unfolded convolution input multiplied at once on a GPU, in bytes
 UNFOLD_BYTES = 256 * 2**20
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[M, K] float -> float32 integers [M, K] in ±127 and float32 scale [M, 1] (amax / 127).
+    """[M, K] float -> float32 integers [M, K] in -128..127 and float32 scale [M, 1] (amax / 127).
 
     For float32 activations the arithmetic is comfy-kitchen's `quantize_int8_rowwise`, operation by
     operation, so that results agree bit for bit with stock ComfyUI's.
     """
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / QMAX).clamp_(min=1e-30)
-    return (x.float() / scale).round_().clamp_(-QMAX, QMAX), scale
+    return (x.float() / scale).round_().clamp_(QMIN, QMAX), scale
 
 
 def matmul_exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -131,7 +133,7 @@ def conv2d_reference(
 
     Returns [N, K, P, Q] in x's dtype. Zero padding is exact: zero quantizes to zero.
     """
-    q = (x.float() / input_scale).round_().clamp_(-QMAX, QMAX)
+    q = (x.float() / input_scale).round_().clamp_(QMIN, QMAX)
     acc = conv2d_accumulate(q, weight, stride, padding, dilation)
     out = acc.mul_((input_scale * weight_scale).reshape(1, -1, 1, 1))
     if bias is not None:
@@ -142,7 +144,7 @@ def conv2d_reference(
 def fake_quantize(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """ModelOpt's INT8 fake quantization, operation by operation: float32 in, float32 out."""
     step = torch.full_like(amax, QMAX) / amax.clamp(min=2.0**-24)
-    return (x.float() * step).round_().clamp_(-QMAX, QMAX) / step
+    return (x.float() * step).round_().clamp_(QMIN, QMAX) / step
 
 
 def linear_fake(x, weight, weight_amax, bias):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import comfy_kitchen
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
@@ -112,7 +113,8 @@ def choose(layer: Layer, device: torch.device, as_stock: bool, arithmetic: str =
                 dequantizes=True,
             )
         if key in KITCHEN:
-            return Kernel(f"{layer.format} {layer.kind}: comfy-kitchen", "", **KITCHEN[key])
+            why = "" if layer.format == "fp8" else _why_not_kitchen_cuda()
+            return Kernel(f"{layer.format} {layer.kind}: comfy-kitchen", why, **KITCHEN[key])
         return Kernel(
             f"{layer.format} {layer.kind}: exact reference",
             "there is no low-precision kernel for it yet",
@@ -128,6 +130,17 @@ def choose(layer: Layer, device: torch.device, as_stock: bool, arithmetic: str =
         f"{layer.format} {layer.kind}: exact reference",
         f"no low-precision units on {device.type}",
         **REFERENCE[key],
+    )
+
+
+def _why_not_kitchen_cuda() -> str:
+    """Why comfy-kitchen's CUDA kernels do not run, or "" if they do. FP8 Linears use torch's own."""
+    cuda = comfy_kitchen.list_backends()["cuda"]
+    if cuda["available"] and not cuda["disabled"]:
+        return ""
+    return (
+        "slow, comfy-kitchen's CUDA kernels are off here: ComfyUI enables them with a CUDA 13 build "
+        f"of torch only, this one is built for CUDA {torch.version.cuda}"
     )
 
 

@@ -59,8 +59,8 @@ class Quantize(io.ComfyNode):
                     "layers",
                     options=list(layer_choice.MODES),
                     default=layer_choice.LINEAR_AND_CONV,
-                    tooltip="linear + conv: smallest and fastest, opens with this pack only. "
-                    "linear only: opens in stock ComfyUI too (without smoothing).",
+                    tooltip="linear + conv: the smallest file, opens with this pack only. "
+                    "linear only: opens in stock ComfyUI too (not with smoothquant).",
                 ),
                 io.String.Input(
                     "skip",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..utils.files import save_safetensors
 from .records import Record, Run, digest, keep
 from .thinning import shares
 
@@ -119,7 +118,7 @@ class Calibration:
 def save(calibration: Calibration, path: str | os.PathLike[str]) -> Path:
     """Write one safetensors file. Identical tensors are written once.
 
-    Raises ValueError when `path` exists already or cannot be written; nothing is left behind then.
+    Raises as `save_safetensors` does when `path` exists or cannot be written.
     """
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
@@ -141,46 +140,8 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> Path:
             for run in calibration.runs
         ],
     }
-    try:
-        _write_new(path, tensors, {METADATA: json.dumps(header)})
-    except FileExistsError as error:
-        raise ValueError(
-            f"a calibration is never overwritten, got an existing file at {path}: "
-            "choose another name"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"a calibration needs a writable folder with free space, got {error} in "
-            f"{path.parent}: free some space or save elsewhere"
-        ) from error
+    save_safetensors(tensors, path, {METADATA: json.dumps(header)})
     return path
-
-
-def _write_new(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a file that must not exist yet: whole and on the disk, or not at all."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        if os.name == "nt":
-            os.rename(partial, path)  # refuses an existing name here, replaces it elsewhere
-        else:
-            _rename_new(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _rename_new(partial: Path, path: Path) -> None:
-    try:
-        os.link(partial, path)
-    except OSError:  # it exists, or the file system has no hard links: take the name first
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        try:
-            os.replace(partial, path)
-        except OSError:
-            path.unlink()
-            raise
 
 
 def load(path: str | os.PathLike[str]) -> Calibration:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 from collections.abc import Callable
 
 import torch
@@ -80,8 +82,9 @@ def smooth(module: torch.nn.Module, alpha: float) -> None:
         module._parameters["weight"].data.clone(), requires_grad=False
     )
     holder = torch.nn.ModuleDict({"layer": module})
-    mtq.calibrate(
-        holder,
-        {"method": SMOOTHQUANT, "alpha": alpha},
-        forward_loop=lambda _: module.input_quantizer(amax),
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # "Smoothed 1 modules", once a layer
+        mtq.calibrate(
+            holder,
+            {"method": SMOOTHQUANT, "alpha": alpha},
+            forward_loop=lambda _: module.input_quantizer(amax),
+        )

@@ -88,9 +88,16 @@ def _rename_new(partial: Path, path: Path) -> None:
     except FileExistsError:
         _refuse_existing(path)
     except OSError:  # a file system without hard links: take the name first
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        _take_name(path)
         try:
             os.replace(partial, path)
         except OSError:
             path.unlink()
             raise
+
+
+def _take_name(path: Path) -> None:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        _refuse_existing(path)

@@ -17,7 +17,7 @@ SHAPES = [  # N, C, H, W, K, kernel, stride, padding
 
 
 def random_int8(*shape):
-    return torch.randint(-127, 128, shape, dtype=torch.int8)
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
 
 
 @pytest.mark.parametrize("m, k, n", [(1, 320, 8), (5, 2560, 33), (2, 10240, 7), (64, 1, 3)])
@@ -28,10 +28,12 @@ def test_matmul_is_exact(m, k, n):
 
 
 def test_matmul_is_exact_where_float32_would_not_be():
-    """All products of one sign and size: the sum 127² * 5000 needs 27 bits."""
-    a, b = torch.full((1, 5000), 127, dtype=torch.int8), torch.full((1, 5000), 127).to(torch.int8)
-    b[0, 0] = 126
-    expected = 127 * 127 * 4999 + 127 * 126
+    """All products of one sign and the largest size: the sum needs 27 bits."""
+    a = torch.full((1, 5000), -128, dtype=torch.int8)
+    b = torch.full((1, 5000), -127, dtype=torch.int8)
+    b[0, 0] = -126
+    a[0, 1] = -127
+    expected = 128 * 127 * 4998 + 128 * 126 + 127 * 127
     assert int8.matmul_exact(a.float(), b).item() == expected
     assert (a.float() @ b.float().t()).item() != expected
 
@@ -64,7 +66,7 @@ def test_conv_is_one_scale_and_bias(dtype):
     x, bias = torch.randn(2, 32, 6, 6).to(dtype), torch.randn(8)
     weight, scale = random_int8(8, 32, 3, 3), torch.rand(8, 1, 1, 1) / 127
     input_scale = x.float().abs().amax() / 127
-    q = (x.double() / input_scale.double()).round().clamp(-127, 127)
+    q = (x.double() / input_scale.double()).round().clamp(-128, 127)
     acc = torch.nn.functional.conv2d(q, weight.double(), None, 1, 1)
     expected = acc * input_scale.double() * scale.double().reshape(1, -1, 1, 1)
     expected = expected + bias.double().reshape(1, -1, 1, 1)
@@ -92,4 +94,4 @@ def test_values_beyond_the_calibrated_range_are_clipped():
     got = int8.conv2d_reference(
         x, torch.tensor(1.0), weight, torch.ones(1, 1, 1, 1), None, (1, 1), (0, 0), (1, 1)
     )
-    assert got.flatten().tolist() == [127.0, -127.0]
+    assert got.flatten().tolist() == [127.0, -128.0]
