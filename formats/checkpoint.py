@@ -13,6 +13,7 @@ import torch
 from . import FORMATS, get
 
 FORMAT_VERSION = 1
+SCALES = ("weight_scale", "input_scale", "pre_quant_scale")
 KINDS = {2: "linear", 4: "conv2d"}
 
 
@@ -74,6 +75,11 @@ class QuantizedCheckpoint:
             )
         for name, layer in self.layers.items():
             _validate_layer(name, layer, self.tensors, where)
+        known = {f"{n}.{t}" for n, x in self.layers.items() for t in ("weight", *x.scales)}
+        for name, tensor in self.tensors.items():
+            stored = any(tensor.dtype == module.STORAGE for module in FORMATS.values())
+            if name not in known and (stored or name.rpartition(".")[2] in SCALES):
+                _fail("a quantized tensor must belong to a layer of the header", name, where)
 
 
 REMEDY = "the file is damaged or was edited by hand: get it again or quantize again"

@@ -19,6 +19,13 @@ from .checkpoint import FORMAT_VERSION, REMEDY, Layer, QuantizedCheckpoint
 
 PREFIX = "modelopt."
 HEADER = "modelopt"
+HEADER_TYPES = {
+    "recipe": dict,
+    "source": (dict, type(None)),
+    "calibration": (dict, type(None)),
+    "quality": (dict, type(None)),
+    "versions": (dict, type(None)),
+}
 COMFY_HEADER = "_quantization_metadata"
 
 
@@ -101,6 +108,12 @@ def _header(metadata: dict[str, str] | None, where: str) -> dict:
         header = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the header must be JSON, {where} has {error}: {REMEDY}") from error
+    for name, kinds in HEADER_TYPES.items():
+        if isinstance(header, dict) and not isinstance(header.get(name), kinds):
+            raise ValueError(
+                f"{name} of the header has the wrong form, found {header.get(name)!r} in {where}: "
+                f"{REMEDY}"
+            )
     version = header.get("format_version") if isinstance(header, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(

@@ -34,6 +34,17 @@ class Params(BaseLayoutParams):
     def _validate_tensor_fields(self) -> None:
         pass
 
+    def copy_from(self, src: Params, non_blocking: bool = False) -> None:
+        """In place where both have a tensor; the branch comes and goes with the source."""
+        for field in dataclasses.fields(self):
+            mine, value = getattr(self, field.name), getattr(src, field.name)
+            if isinstance(mine, torch.Tensor) and isinstance(value, torch.Tensor):
+                if mine.shape == value.shape:
+                    mine.copy_(value, non_blocking=non_blocking)
+                    continue
+                value = value.to(mine.device)
+            object.__setattr__(self, field.name, value)
+
 
 class _ModelOptLayout(QuantizedLayout):
     """Shared by both formats; FORMAT is the module of formats/ that owns the numerics."""

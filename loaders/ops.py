@@ -29,6 +29,8 @@ class QuantizedOp:
         layer = self.LAYERS.get(prefix.removesuffix("."))
         if layer is None:
             weight = state_dict.get(prefix + "weight")
+            if weight is not None and self._wrong_shape(prefix, weight, errors):
+                return
             if weight is not None and torch.float32 == self.COMPUTE_DTYPE:
                 # stock would hold an unquantized Linear in 32 bits; the cast per call is the same
                 self.factory_kwargs = {"device": None, "dtype": weight.dtype}
@@ -42,11 +44,7 @@ class QuantizedOp:
             if prefix + name in state_dict
         }
         state_dict.pop(prefix + "comfy_quant", None)
-        expected = self.expected_shape()
-        if tuple(tensors["weight"].shape) != expected:
-            errors.append(
-                f"{prefix}weight must have shape {expected}, found {tuple(tensors['weight'].shape)}"
-            )
+        if self._wrong_shape(prefix, tensors["weight"], errors):
             return
         weight = layouts.wrap(
             layer.format,
@@ -65,6 +63,13 @@ class QuantizedOp:
         if self.bias is not None and bias in state_dict:
             value = state_dict.pop(bias).to(self.COMPUTE_DTYPE)
             self.bias = torch.nn.Parameter(value, requires_grad=False)
+
+    def _wrong_shape(self, prefix: str, weight: torch.Tensor, errors: list[str]) -> bool:
+        expected = self.expected_shape()
+        if tuple(weight.shape) == expected:
+            return False
+        errors.append(f"{prefix}weight must have shape {expected}, found {tuple(weight.shape)}")
+        return True
 
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
         if not isinstance(self.weight, QuantizedTensor):
@@ -85,6 +90,11 @@ class QuantizedOp:
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """Takes a patched floating-point weight back (or returns it) in the layer's own format."""
         if isinstance(self.weight, QuantizedTensor):
+            if inplace_update:
+                raise ValueError(
+                    "a scheduled LoRA (hook) needs weights in 16 bits, this layer holds "
+                    f"{self.quant_format}: use Load LoRA, or attach the LoRA before Quantize"
+                )
             weight = patching.patched(self.weight, weight, seed)
         else:
             weight = weight.to(self.weight.dtype)

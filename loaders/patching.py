@@ -40,7 +40,7 @@ def patched(base: QuantizedTensor, weight: torch.Tensor, seed: int | None) -> Qu
 
     A weight the patch left unchanged gives `base` itself, bit for bit.
     """
-    base = without_branch(base)
+    base = without_branch(base).to(device=weight.device)
     delta = weight.float() - base.to(dtype=weight.dtype).dequantize().float()
     delta = delta.reshape(weight.shape[0], -1)
     size = delta.norm().item()

@@ -7,6 +7,7 @@ from collections import Counter
 
 import comfy.model_detection
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
@@ -28,8 +29,11 @@ def read(path: str) -> QuantizedCheckpoint:
 
 
 def load_file(path: str, disable_dynamic: bool = False):
-    """File -> ModelPatcher. Raises ValueError for a file that is damaged, foreign or too new."""
-    model = load(read(path), where=path, disable_dynamic=disable_dynamic)
+    """File -> ModelPatcher, never the dynamic one (the argument is how ComfyUI reloads a MODEL).
+
+    Raises ValueError for a file that is damaged, foreign or too new.
+    """
+    model = load(read(path), where=path)
     model.cached_patcher_init = (load_file, (path,))
     return model
 
@@ -37,7 +41,6 @@ def load_file(path: str, disable_dynamic: bool = False):
 def load(
     checkpoint: QuantizedCheckpoint,
     where: str = "the quantized checkpoint",
-    disable_dynamic: bool = False,
     arithmetic: str = dispatch.AUTO,
 ):
     """Checkpoint -> ModelPatcher, through ComfyUI's detection. The checkpoint is not changed.
@@ -68,8 +71,10 @@ def load(
         options["dtype"] = _stored_dtype(checkpoint)
     expected = set(tensors)
     try:
+        # not the dynamic patcher: it requantizes patched weights, which loses what a LoRA changes
+        # by less than an 8-bit step (see patching.py)
         model = comfy.sd.load_diffusion_model_state_dict(
-            dict(tensors), model_options=options, disable_dynamic=disable_dynamic
+            dict(tensors), model_options=options, disable_dynamic=True
         )
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "must have shape" not in str(error):
@@ -83,7 +88,6 @@ def load(
     _check_complete(model, checkpoint, expected, where)
     header = {**checkpoint.header, "opens_in_stock": checkpoint.opens_in_stock}
     model.set_attachments(ATTACHMENT, Loaded(header, checkpoint))
-    model.cached_patcher_init = (load, (checkpoint, where))
     _log_kernels(model, where)
     return model
 
@@ -185,13 +189,18 @@ def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], 
         for name in model.model.diffusion_model.state_dict()
         if not name.endswith(".comfy_quant")
     }
-    missing = sorted(have - expected)
+    modules = dict(model.model.diffusion_model.named_modules())
+    unloaded = {
+        f"{name}.weight"
+        for name, module in modules.items()
+        if isinstance(module, comfy.ops.CastWeightBiasOp) and module.weight is None
+    }
+    missing = sorted((have - expected) | unloaded)
     if missing:
         raise ValueError(
             f"the file must hold every tensor of the UNet, {where} lacks {len(missing)}, "
             f"the first {missing[0]}: {REMEDY}"
         )
-    modules = dict(model.model.diffusion_model.named_modules())
     stray = [
         name for name in checkpoint.layers if getattr(modules.get(name), "kernel", None) is None
     ]

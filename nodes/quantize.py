@@ -82,6 +82,19 @@ class Quantize(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, skip: str | None = None, format=None) -> bool | str:
+        """ComfyUI leaves out a format or algorithm that the schema does not have.
+
+        `skip` is named because ComfyUI reports the answer on an input that it did pass.
+        """
+        if format is None:
+            return f"format must be one of {', '.join(FORMATS)}: choose one in the node"
+        if isinstance(format, dict) and not format.get("algorithm"):
+            known = ", ".join(ALGORITHMS[format["format"]])
+            return f"algorithm of {format['format']} must be one of {known}: choose one"
+        return True
+
+    @classmethod
     def execute(cls, model, format, layers, skip, calibration=None) -> io.NodeOutput:
         quantized, report, figures = quantize_and_load(model, format, layers, skip, calibration)
         return io.NodeOutput(quantized, report, ui={"text": [report], "modelopt": [figures]})

@@ -57,26 +57,28 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
     layers = select(source, recipe.layers, list(recipe.skip))
     records = _records(model, calibration, recipe, set(layers.values()), sampling)
     notes = [f"Not part of the quantized UNet: {what}." for what in bridge.left_behind(model)]
-    with torch.inference_mode(False), torch.no_grad():
-        unet = bridge.copy_unet(model)
-        device, dtype = model.load_device, model.model.get_dtype_inference()
-        _check_finite(unet, layers)
-        chosen = quality.pick(records, EVALUATION_RECORDS)
-        runs = len(records) if recipe.needs_calibration(set(layers.values())) else 0
-        step = bridge.progress(2 * len(chosen) + runs + len(layers))
-        references = quality.outputs(unet, chosen, device, dtype, step)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            unet = bridge.copy_unet(model)
+            device, dtype = model.load_device, model.model.get_dtype_inference()
+            _check_finite(unet, layers)
+            chosen = quality.pick(records, EVALUATION_RECORDS)
+            runs = len(records) if recipe.needs_calibration(set(layers.values())) else 0
+            step = bridge.progress(2 * len(chosen) + runs + len(layers))
+            references = quality.outputs(unet, chosen, device, dtype, step)
 
-        def replay(twin: torch.nn.Module) -> None:
-            for record in records:
-                args, kwargs = record.arguments(device, dtype)
-                twin(*args, **kwargs)
-                step()
+            def replay(twin: torch.nn.Module) -> None:
+                for record in records:
+                    args, kwargs = record.arguments(device, dtype)
+                    twin(*args, **kwargs)
+                    step()
 
-        modelopt.calibrate(unet, recipe, layers, replay if runs else None)
-        bytes_before = sum(p.numel() * 2 for p in unet.parameters())
-        tensors, table = _pack(unet, recipe, layers, step)
-    del unet
-    bridge.release_memory()
+            modelopt.calibrate(unet, recipe, layers, replay if runs else None)
+            bytes_before = sum(p.numel() * 2 for p in unet.parameters())
+            tensors, table = _pack(unet, recipe, layers, step)
+    finally:
+        unet = None
+        bridge.release_memory()
     tensors |= bridge.prediction_markers(model)
     checkpoint = QuantizedCheckpoint(tensors, table, _header(model, recipe, calibration, bridge))
     seconds = time.monotonic() - started

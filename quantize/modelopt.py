@@ -78,8 +78,12 @@ def smooth(module: torch.nn.Module, alpha: float) -> None:
     """
     mtq = require()
     amax = module.input_quantizer.amax.detach().clone()
+    weight = module._parameters["weight"].data
+    if weight.device != amax.device:  # a UNet too large for the device, streamed
+        module.weight_quantizer.to(amax.device)
+        module.weight_quantizer._calibrator.reset()
     module._parameters["weight"] = torch.nn.Parameter(
-        module._parameters["weight"].data.clone(), requires_grad=False
+        weight.to(amax.device, copy=True), requires_grad=False
     )
     holder = torch.nn.ModuleDict({"layer": module})
     with contextlib.redirect_stdout(io.StringIO()):  # "Smoothed 1 modules", once a layer

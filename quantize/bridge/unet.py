@@ -17,8 +17,35 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ..quality import outputs
 
 UNET = "diffusion_model."
-# what ComfyUI's loading leaves on a module, none of which belongs to a copy
-LOADING_STATE = ("_v", "_v_signature", "_v_weight", "_v_bias", "_prefetch", "comfy_patched_weights")
+# what ComfyUI's loading leaves on a module, none of which belongs to a copy: a second owner of
+# pinned memory, for one, would free it under the first
+LOADING_STATE = (
+    "_v",
+    "_v_signature",
+    "_v_weight",
+    "_v_bias",
+    "_prefetch",
+    "_pins",
+    "_pin_state",
+    "comfy_patched_weights",
+    "prev_comfy_cast_weights",
+    "weight_function",
+    "bias_function",
+    "weight_lowvram_function",
+    "bias_lowvram_function",
+)
+CONTAINERS = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+)
 
 
 def unet_of(model) -> torch.nn.Module:
@@ -46,33 +73,41 @@ def copy_unet(model) -> torch.nn.Module:
     unloaded first, as ComfyUI does when memory is short: its tensors and patches stay as they are.
     """
     unet = unet_of(model)
-    comfy.model_management.unload_model_and_clones(model)
+    comfy.model_management.unload_model_and_clones(model, all_devices=True)
     device = model.load_device
-    memo = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
-    for module in unet.modules():
-        for name in LOADING_STATE:
-            if hasattr(module, name):
-                memo[id(getattr(module, name))] = None
-    twin = copy.deepcopy(unet, memo)
     size = comfy.model_management.module_size(unet)
     comfy.model_management.free_memory(size, device)
-    streams = _too_large(size, device)
+    home = torch.device("cpu") if _too_large(size, device) else device
+    twin = _twin(unet, {})
     for prefix, module in twin.named_modules():
-        for name in LOADING_STATE:
-            module.__dict__.pop(name, None)
-        if streams and hasattr(module, "comfy_cast_weights"):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if hasattr(module, "comfy_cast_weights"):
+            # weights on another device or in another dtype than the input are cast per call
             module.comfy_cast_weights = True
         for name, parameter in module.named_parameters(recurse=False):
-            key = ".".join(part for part in (prefix, name) if part)
-            backup = model.backup.get(UNET + key)
+            key = UNET + ".".join(part for part in (prefix, name) if part)
+            backup = model.backup.get(key)
             weight = parameter.data if backup is None else backup.weight
-            value = _baked(model, UNET + key, weight, device)
-            if not streams:
-                value = value.to(device)
-            setattr(module, name, torch.nn.Parameter(value, requires_grad=False))
+            value = _baked(model, key, weight, device).to(home)
+            module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    twin.eval()
+            module._buffers[name] = buffer.to(device)
+    return twin.eval()
+
+
+def _twin(module: torch.nn.Module, seen: dict[int, torch.nn.Module]) -> torch.nn.Module:
+    """The same modules anew, with the same Parameters, without what loading left on them."""
+    if id(module) in seen:
+        return seen[id(module)]
+    twin = copy.copy(module)
+    seen[id(module)] = twin
+    for name in LOADING_STATE:
+        twin.__dict__.pop(name, None)
+    for name in CONTAINERS:
+        if name in twin.__dict__:
+            twin.__dict__[name] = copy.copy(twin.__dict__[name])
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else _twin(child, seen)
     return twin
 
 

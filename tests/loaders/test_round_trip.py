@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import comfy.model_management
 import pytest
 import torch
 from comfyui_modelopt.formats import files
-from comfyui_modelopt.loaders import info
+from comfyui_modelopt.loaders import info, layouts
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine
 from comfyui_modelopt.quantize.bridge import unet as bridge
@@ -74,3 +76,43 @@ def test_memory_and_chart_figures_are_the_files(made):
 def test_unquantized_model_is_told_apart(sd15):
     with pytest.raises(ValueError, match="needs a MODEL quantized by this pack"):
         loader.to_checkpoint(sd15[0])
+
+
+@pytest.mark.parametrize("gone", ["emb_layers.1.weight", "norm1.weight", "skip_connection.bias"])
+def test_a_missing_unquantized_tensor_is_named(made, gone):
+    name = next(n for n in made.checkpoint.tensors if n.endswith(gone))
+    tensors = {k: v for k, v in made.checkpoint.tensors.items() if k != name}
+    with pytest.raises(ValueError, match=f"must hold every tensor.*{name}"):
+        loader.load(dataclasses.replace(made.checkpoint, tensors=tensors))
+
+
+def test_a_layer_the_header_does_not_list_is_named(made):
+    name = next(iter(made.checkpoint.layers))
+    layers = {k: v for k, v in made.checkpoint.layers.items() if k != name}
+    with pytest.raises(ValueError, match=f"must belong to a layer of the header.*{name}"):
+        loader.load(dataclasses.replace(made.checkpoint, layers=layers))
+
+
+def test_a_weight_of_another_shape_is_named(made):
+    name = next(n for n in made.checkpoint.tensors if n.endswith("time_embed.0.weight"))
+    tensors = made.checkpoint.tensors | {name: made.checkpoint.tensors[name][:-8]}
+    with pytest.raises(ValueError, match="shapes of their architecture"):
+        loader.load(dataclasses.replace(made.checkpoint, tensors=tensors))
+
+
+def test_a_scheduled_lora_is_refused_in_words(made):
+    model = loader.load(made.checkpoint)
+    layer = model.model.diffusion_model.get_submodule(next(iter(made.checkpoint.layers)))
+    with pytest.raises(ValueError, match="use Load LoRA"):
+        layer.set_weight(layer.weight.dequantize(), inplace_update=True)
+
+
+def test_a_branch_goes_when_the_plain_weight_is_copied_back(made):
+    model = loader.load(made.checkpoint)
+    layer = model.model.diffusion_model.get_submodule(next(iter(made.checkpoint.layers)))
+    plain, dense = layer.weight.data, layer.weight.dequantize()
+    up, down = torch.randn(dense.shape[0], 2), torch.randn(2, dense[0].numel())
+    branched = layouts.with_branch(plain.clone(), up, down)
+    assert not torch.equal(branched.dequantize(), dense)
+    branched.copy_(plain)
+    assert torch.equal(branched.dequantize(), dense)

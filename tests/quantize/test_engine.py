@@ -189,3 +189,21 @@ def test_sixteen_bits():
 def test_patterns_text():
     text = "a.*\n\n  b # why\n# all\n"
     assert layer_choice.parse_patterns(text) == ["a.*", "b"]
+
+
+def test_the_copy_owns_nothing_that_loading_left(sd15):
+    """ComfyUI keeps pinned memory on the modules; a second owner would free it under the first."""
+    unet = sd15[0].model.diffusion_model
+    layer = unet.get_submodule("middle_block.1.proj_in")
+    owned = object()
+    layer._pin_state, layer.comfy_patched_weights = owned, True
+    try:
+        twin = bridge.copy_unet(sd15[0])
+        assert layer._pin_state is owned
+    finally:
+        del layer._pin_state, layer.comfy_patched_weights
+    other = twin.get_submodule("middle_block.1.proj_in")
+    assert not hasattr(other, "_pin_state") and not hasattr(other, "comfy_patched_weights")
+    assert other is not layer and other.weight.data_ptr() == layer.weight.data_ptr()
+    assert [type(m) for m in twin.modules()] == [type(m) for m in unet.modules()]
+    assert not {id(m) for m in twin.modules()} & {id(m) for m in unet.modules()}
