@@ -21,14 +21,16 @@ KINDS = {2: "linear", 4: "conv2d"}
 class Layer:
     """format: a name of FORMATS; kind: "linear" or "conv2d"; smoothed: has a pre_quant_scale.
 
-    input_amax: the calibrated largest activation, where the layer has an `input_scale`; kept
-    because the scale alone does not give it back to the last bit.
+    input_amax: the calibrated largest activation, where the layer has an `input_scale`;
+    amax_exceptions: output channel -> weight amax. Both are kept because a scale alone does not
+    give its amax back to the last bit, which running ModelOpt's own arithmetic needs.
     """
 
     format: str
     kind: str
     smoothed: bool = False
     input_amax: float | None = None
+    amax_exceptions: dict[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def comfy_format(self) -> str:

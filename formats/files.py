@@ -140,11 +140,15 @@ def _layer(name: str, entry, where: str) -> Layer:
             f"layer {name} must have a format of {', '.join(FORMATS)}, "
             f"found {entry['format']!r} in {where}: update ComfyUI-ModelOpt"
         )
-    amax = entry.get("input_amax")
+    amax, exceptions = entry.get("input_amax"), entry.get("amax_exceptions", {})
     if amax is not None and not isinstance(amax, (int, float)):
         _fail_amax(name, amax, where)
-    return Layer(**{key: entry[key] for key in fields}, input_amax=amax)
+    if not isinstance(exceptions, dict) or not all(
+        key.isdecimal() and isinstance(value, (int, float)) for key, value in exceptions.items()
+    ):
+        _fail_amax(name, exceptions, where)
+    return Layer(**{key: entry[key] for key in fields}, input_amax=amax, amax_exceptions=exceptions)
 
 
 def _fail_amax(name: str, amax, where: str) -> None:
-    raise ValueError(f"input_amax of {name} must be a number, found {amax!r} in {where}: {REMEDY}")
+    raise ValueError(f"amax of {name} must be a number, found {amax!r} in {where}: {REMEDY}")

@@ -54,6 +54,11 @@ def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor
     return weight.float() * weight_scale
 
 
+def amax_exceptions(scale: torch.Tensor, amax: torch.Tensor) -> dict[str, float]:
+    """None: dequantizing needs the scale only."""
+    return {}
+
+
 def input_scale(amax: torch.Tensor) -> torch.Tensor:
     """Calibrated activation amax (scalar) -> float32 scalar scale, x ≈ x_q * scale."""
     return 1.0 / _reciprocal_step(amax)

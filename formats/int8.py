@@ -76,6 +76,13 @@ def amax_of(scale: torch.Tensor) -> torch.Tensor:
     return best
 
 
+def amax_exceptions(scale: torch.Tensor, amax: torch.Tensor) -> dict[str, float]:
+    """Channels whose amax `amax_of` does not give back to the last bit: index -> amax."""
+    amax = amax.float().reshape(-1)
+    wrong = (amax_of(scale.reshape(-1)) != amax) & (amax > AMAX_EPSILON)
+    return {str(i): amax[i].item() for i in wrong.nonzero().flatten().tolist()}
+
+
 def input_scale(amax: torch.Tensor) -> torch.Tensor:
     """Calibrated activation amax (scalar) -> float32 scalar scale, x ≈ x_q * scale."""
     amax = amax.float().reshape(())

@@ -67,11 +67,17 @@ def _fake(layer: Layer) -> Kernel:
     """ModelOpt's own simulation in float32."""
     amax = torch.tensor(layer.input_amax or 0.0)
 
+    def weight_amax(scale):
+        found = int8.amax_of(scale)
+        for channel, value in layer.amax_exceptions.items():
+            found[int(channel)] = value
+        return found
+
     def int8_linear(x, input_scale, weight, weight_scale, bias):
-        return int8_kernels.linear_fake(x, weight, int8.amax_of(weight_scale), bias)
+        return int8_kernels.linear_fake(x, weight, weight_amax(weight_scale), bias)
 
     def int8_conv2d(x, input_scale, weight, weight_scale, bias, *geometry):
-        w_amax = int8.amax_of(weight_scale)
+        w_amax = weight_amax(weight_scale)
         return int8_kernels.conv2d_fake(x, amax.to(x.device), weight, w_amax, bias, *geometry)
 
     def fp8_linear(x, input_scale, weight, weight_scale, bias):

@@ -145,8 +145,9 @@ def _pack(
             stored["pre_quant_scale"] = module.input_quantizer.pre_quant_scale.float().reshape(-1)
         if module.bias is not None:
             stored["bias"] = sixteen_bits(module.bias.data)
+        exceptions = module_of.amax_exceptions(stored["weight_scale"], module.weight_quantizer.amax)
         tensors |= {f"{name}.{key}": value.cpu() for key, value in stored.items()}
-        table[name] = Layer(recipe.format, kind, smoothed, amax)
+        table[name] = Layer(recipe.format, kind, smoothed, amax, exceptions)
         module._parameters["weight"] = None
         step()
     taken = set(layers)

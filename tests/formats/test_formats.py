@@ -65,3 +65,17 @@ def test_recipes_and_formats_belong_together():
 def test_unknown_format_is_named():
     with pytest.raises(ValueError, match="int9"):
         get("int9")
+
+
+def test_amax_comes_back_to_the_last_bit():
+    form = FORMATS["int8"]
+    torch.manual_seed(0)
+    from_16_bits = torch.randn(5000).half().float().abs() + 2.0**-14
+    assert form.amax_exceptions(from_16_bits.half().float() / form.QMAX, from_16_bits.half()) == {}
+    anything = torch.rand(5000) + 0.01
+    found = form.amax_of(anything / form.QMAX)
+    exceptions = form.amax_exceptions(anything / form.QMAX, anything)
+    for channel, value in exceptions.items():
+        found[int(channel)] = value
+    assert torch.equal(found, anything)
+    assert len(exceptions) < 0.02 * len(anything)
