@@ -50,8 +50,10 @@ class PeakMemory:
 
 
 def _prepare():
-    sys.path.insert(0, str(ROOT / "tests"))
-    import conftest  # noqa: F401  ComfyUI and the pack, as the tests load them
+    sys.path.append(str(ROOT))  # last: `nodes` and `utils` must stay ComfyUI's
+    from devtools import inprocess
+
+    inprocess.load()
 
 
 def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> dict:

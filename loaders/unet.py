@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 
 from ..formats import files
-from ..formats.checkpoint import REMEDY, Layer, QuantizedCheckpoint
+from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
 from . import dispatch, ops
 
 log = logging.getLogger(__name__)
@@ -208,6 +208,3 @@ def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], 
         raise ValueError(
             f"every quantized layer must be a layer of the UNet, {where} names {stray[0]}: {REMEDY}"
         )
-
-
-__all__ = ["Layer", "kernels", "load", "load_file", "loaded", "read", "to_checkpoint"]

@@ -173,7 +173,17 @@ def test_a_date_in_the_prefix_is_filled_in(models):
     assert path.parent.name in years | {time.strftime("%Y")}  # new year's eve
 
 
-BAD = ["../x", "a/../../x", "..", "/tmp/x", "..\\x", "a\\..\\..\\x", "C:\\x", "C:x", "\\\\pc\\d\\x"]
+BAD = [
+    "../x",
+    "a/../../x",
+    "..",
+    "/absolute/x",
+    "..\\x",
+    "a\\..\\..\\x",
+    "C:\\x",
+    "C:x",
+    "\\\\pc\\d\\x",
+]
 BAD += ["", ".", "x\0y", "link/x"]
 
 
