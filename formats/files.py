@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,11 +42,15 @@ def marked(checkpoint: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
     return checkpoint.tensors | markers
 
 
-def write(checkpoint: QuantizedCheckpoint, path: Path | str) -> None:
-    """Writes the file whole or not at all. Raises as `save_safetensors` does."""
+def write(
+    checkpoint: QuantizedCheckpoint,
+    path: Path | str,
+    step: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Writes the file whole or not at all. `step` and errors as in `save_safetensors`."""
     stock = checkpoint.opens_in_stock
     prefix = "" if stock else PREFIX
-    tensors = {prefix + k: t.detach().to("cpu") for k, t in sorted(marked(checkpoint).items())}
+    tensors = {prefix + name: tensor for name, tensor in marked(checkpoint).items()}
     names = {prefix + name: {"format": x.comfy_format} for name, x in checkpoint.layers.items()}
     header = {
         **checkpoint.header,
@@ -57,7 +62,7 @@ def write(checkpoint: QuantizedCheckpoint, path: Path | str) -> None:
         COMFY_HEADER: json.dumps({"format_version": "1.0", "layers": names}, sort_keys=True),
         HEADER: json.dumps(header, sort_keys=True),
     }
-    save_safetensors(tensors, path, metadata)
+    save_safetensors(tensors, path, metadata, step)
 
 
 def check_readable(path: Path | str) -> None:

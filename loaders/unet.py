@@ -14,6 +14,7 @@ import torch
 
 from ..formats import files
 from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
+from ..utils.progress import progress
 from . import dispatch, ops
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,11 @@ def load_file(path: str, disable_dynamic: bool = False):
 
     Raises ValueError for a file that is damaged, foreign or too new.
     """
-    model = load(read(path), where=path)
+    step = progress(3)
+    checkpoint = read(path)
+    step()
+    model = load(checkpoint, where=path)
+    step()
     model.cached_patcher_init = (load_file, (path,))
     return model
 

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..formats import files
 from ..loaders import unet as loader
+from ..utils.progress import progress
 from . import folders
 
 
@@ -42,5 +43,5 @@ class SaveUNet(io.ComfyNode):
     def execute(cls, model, filename_prefix: str) -> io.NodeOutput:
         checkpoint = loader.to_checkpoint(model)
         path = str(folders.new_path(folders.UNETS, filename_prefix))
-        files.write(checkpoint, path)
+        files.write(checkpoint, path, progress(checkpoint.nbytes()))
         return io.NodeOutput(path, ui={"text": [path]})

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from ..formats import FORMATS
 from ..formats.checkpoint import Layer, QuantizedCheckpoint
+from ..utils import sha256
+from ..utils.progress import progress
 from . import modelopt, quality
 from .layers import select
 from .recipe import Recipe
@@ -21,6 +21,8 @@ from .recipe import Recipe
 log = logging.getLogger(__name__)
 # UNet calls on which the result is compared with the original
 EVALUATION_RECORDS = 8
+# progress of one UNet call, where copying or packing one layer is 1
+CALL = 20
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Quantized:
     references: list[torch.Tensor]
     bytes_before: int
     seconds: float
-    step: Callable[[], None]
+    step: Callable[[int], None]
     notes: list[str] = field(default_factory=list)
     figures: dict | None = None
 
@@ -59,19 +61,22 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
     notes = [f"Not part of the quantized UNet: {what}." for what in bridge.left_behind(model)]
     try:
         with torch.inference_mode(False), torch.no_grad():
-            unet = bridge.copy_unet(model)
             device, dtype = model.load_device, model.model.get_dtype_inference()
-            _check_finite(unet, layers)
             chosen = quality.pick(records, EVALUATION_RECORDS)
             runs = len(records) if recipe.needs_calibration(set(layers.values())) else 0
-            step = bridge.progress(2 * len(chosen) + runs + len(layers))
-            references = quality.outputs(unet, chosen, device, dtype, step)
+            modules = sum(1 for _ in source.modules())
+            file = bridge.source_file(model)
+            calls = CALL * (2 * len(chosen) + runs)
+            step = progress(modules + calls + 2 * len(layers) + sha256.pieces(file))
+            unet = bridge.copy_unet(model, step)
+            _check_finite(unet, layers, step)
+            references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
 
             def replay(twin: torch.nn.Module) -> None:
                 for record in records:
                     args, kwargs = record.arguments(device, dtype)
                     twin(*args, **kwargs)
-                    step()
+                    step(CALL)
 
             modelopt.calibrate(unet, recipe, layers, replay if runs else None)
             bytes_before = sum(p.numel() * 2 for p in unet.parameters())
@@ -80,7 +85,10 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
         unet = None
         bridge.release_memory()
     tensors |= bridge.prediction_markers(model)
-    checkpoint = QuantizedCheckpoint(tensors, table, _header(model, recipe, calibration, bridge))
+    header = _header(model, recipe, calibration, bridge)
+    if file is not None:
+        header["source"] = {"name": file.name, "sha256": sha256.of(file, step)}
+    checkpoint = QuantizedCheckpoint(tensors, table, header)
     seconds = time.monotonic() - started
     return Quantized(checkpoint, chosen, references, bytes_before, seconds, step, notes)
 
@@ -92,7 +100,8 @@ def measure(quantized: Quantized, model) -> None:
     if not quantized.records:
         return
     with torch.inference_mode(False), torch.no_grad():
-        outputs = bridge.run_loaded(model, quantized.records, quantized.step)
+        step = quantized.step
+        outputs = bridge.run_loaded(model, quantized.records, lambda: step(CALL))
     quantized.figures = quality.summary(quantized.references, outputs)
     quantized.checkpoint.header["quality"] = quantized.figures
 
@@ -110,8 +119,9 @@ def _records(model, calibration, recipe: Recipe, kinds: set[str], sampling) -> l
     return [record for run in calibration.runs for record in run.records]
 
 
-def _check_finite(unet: torch.nn.Module, layers: dict[str, str]) -> None:
+def _check_finite(unet: torch.nn.Module, layers: dict[str, str], step: Callable[[], None]) -> None:
     for name in layers:
+        step()
         weight = unet.get_submodule(name).weight
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(
@@ -171,10 +181,9 @@ def sixteen_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _header(model, recipe: Recipe, calibration, bridge) -> dict:
     config = model.model.model_config
-    path = bridge.source_file(model)
     return {
         "recipe": recipe.describe(),
-        "source": {"name": path.name, "sha256": _sha256(path)} if path else None,
+        "source": None,
         "calibration": calibration.summary() if calibration is not None else None,
         "model": type(config).__name__,
         "unet_config": {
@@ -197,19 +206,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "safetensors": importlib.metadata.version("safetensors"),
     }
-
-
-_hashes: dict[tuple, str] = {}
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file, as model sites list it; remembered while the file does not change."""
-    stat = path.stat()
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
-    if key not in _hashes:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-        _hashes[key] = digest.hexdigest()
-    return _hashes[key]

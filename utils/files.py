@@ -6,9 +6,29 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+# bytes written between two looks at the user's cancel
+PIECE = 2**25
+# https://github.com/huggingface/safetensors, the format's names
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class NameTaken(FileExistsError):
@@ -16,17 +36,18 @@ class NameTaken(FileExistsError):
 
 
 def save_safetensors(
-    tensors: dict[str, torch.Tensor], path: Path | str, metadata: dict[str, str]
+    tensors: dict[str, torch.Tensor],
+    path: Path | str,
+    metadata: dict[str, str],
+    step: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Writes beside `path`, flushes to disk, then gives the file its name.
 
-    The same tensors and metadata give the same bytes. Raises NameTaken if `path` exists,
-    OSError (with what was needed and what was found) if the folder cannot be written or is full.
-    On any error nothing is left behind.
+    Tensors are copied to the CPU one at a time. `step` is called with the bytes of each piece
+    written; what it raises ends the saving. The same tensors and metadata give the same bytes.
+    Raises NameTaken if `path` exists, OSError (with what was needed and what was found) if the
+    folder cannot be written or is full. On any error nothing is left behind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     path = Path(path)
     _refuse_existing(path)
     needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -36,15 +57,14 @@ def save_safetensors(
             os.makedirs(path.parent)
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError("not enough space")
-        save_file({k: t.contiguous() for k, t in tensors.items()}, partial, metadata)
-        with open(partial, "rb+") as file:
-            _sort_header(file)
+        with open(partial, "wb") as file:
+            _write(tensors, metadata, file, step)
             file.flush()
             os.fsync(file.fileno())
         _rename_new(partial, path)
     except NameTaken:
         raise
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(
             f"saving needs a folder that can be written and {needed / 1e6:,.0f} MB of free space, "
             f"got {error} in {path.parent} ({_free(path.parent)}): free some space, correct the "
@@ -66,16 +86,33 @@ def _refuse_existing(path: Path) -> None:
         raise NameTaken(f"a file is never overwritten, {path} exists: choose another name")
 
 
-def _sort_header(file) -> None:
-    """Puts the header's metadata in order, in place: safetensors writes it in a random one."""
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+def _write(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file, step) -> None:
+    """The safetensors format: length of the header, header (JSON, padded to 8), tensors end to end.
+
+    The library's own `save_file` shows no progress, cannot be cancelled, wants every tensor on the
+    CPU at once and writes the metadata in a random order. Wide dtypes go first, as there, so that
+    every tensor is aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    if len(text) <= size:
-        file.seek(8)
-        file.write(text.ljust(size))
+    text = text.ljust(-(-len(text) // 8) * 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        data = memoryview(
+            tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        )
+        for start in range(0, len(data), PIECE):
+            step(file.write(data[start : start + PIECE]))
 
 
 def _rename_new(partial: Path, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ..calibration import Calibration
 from ..records import Recorder, Run
 from ..thinning import shares
+from .unet import source_file
 
 KEY = "modelopt_record"
 ARCHITECTURE = (
@@ -45,14 +45,6 @@ def signature(model: Any) -> dict[str, Any]:
     facts = {name: config[name] for name in ARCHITECTURE if config.get(name) is not None}
     lists = {name: list(value) for name, value in facts.items() if isinstance(value, list | tuple)}
     return {"model": type(base).__name__} | facts | lists
-
-
-def source_name(model: Any) -> str:
-    """File name of the checkpoint that a MODEL was loaded from, "" where ComfyUI does not tell."""
-    made_by = getattr(model, "cached_patcher_init", None)
-    arguments = made_by[1] if made_by else ()
-    path = arguments[0] if arguments else None
-    return os.path.basename(path) if isinstance(path, str) else ""
 
 
 def record(
@@ -169,7 +161,8 @@ def _base_for(model: Any, calibration: Calibration | None) -> Calibration:
     """What a new run of this model is added to."""
     facts = signature(model)
     if calibration is None or not len(calibration):
-        return Calibration(signature=facts, source=source_name(model))
+        path = source_file(model)
+        return Calibration(signature=facts, source=path.name if path else "")
     calibration.check_matches(facts)
     return calibration
 

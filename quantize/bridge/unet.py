@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,8 +67,10 @@ def unet_of(model) -> torch.nn.Module:
     return unet
 
 
-def copy_unet(model) -> torch.nn.Module:
+def copy_unet(model, step: Callable[[], None] = lambda: None) -> torch.nn.Module:
     """The MODEL's UNet, its weight patches (LoRA) baked in, on the MODEL's load device.
+
+    `step` is called once a module (`modules` says how many) and may raise.
 
     Parameters share memory with the MODEL's where they are neither patched nor moved. The MODEL is
     unloaded first, as ComfyUI does when memory is short: its tensors and patches stay as they are.
@@ -80,7 +83,7 @@ def copy_unet(model) -> torch.nn.Module:
     home = torch.device("cpu") if _too_large(size, device) else device
     twin = _twin(unet, {})
     for prefix, module in twin.named_modules():
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        step()
         if hasattr(module, "comfy_cast_weights"):
             # weights on another device or in another dtype than the input are cast per call
             module.comfy_cast_weights = True
@@ -146,9 +149,10 @@ def left_behind(model) -> list[str]:
 
 def source_file(model) -> Path | None:
     """The file a MODEL was loaded from, or None where ComfyUI does not say."""
-    start = model.cached_patcher_init
-    if start and start[1] and isinstance(start[1][0], str) and Path(start[1][0]).is_file():
-        return Path(start[1][0])
+    made_by = model.cached_patcher_init
+    arguments = made_by[1] if made_by else ()
+    if arguments and isinstance(arguments[0], str) and os.path.isfile(arguments[0]):
+        return Path(arguments[0])
     return None
 
 
@@ -172,18 +176,6 @@ def prediction_markers(model) -> dict[str, torch.Tensor]:
     if kind == ModelType.EDM:
         return {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
     return {}
-
-
-def progress(total: int) -> Callable[[], None]:
-    """A function to call once a step: moves the bar of the node that runs, raises ComfyUI's
-    InterruptProcessingException if the user has cancelled."""
-    bar = comfy.utils.ProgressBar(total)
-
-    def step() -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update(1)
-
-    return step
 
 
 def run_loaded(model, records: Sequence, step: Callable[[], None]) -> list[torch.Tensor]:

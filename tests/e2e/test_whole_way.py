@@ -64,6 +64,9 @@ class WholeWay:
         graph = quantize_workflow("model.safetensors", "lora.safetensors", options)
         with self.first as server:
             self.made = server.run(graph.nodes, timeout=TIMEOUT)
+        self.quantizers = {
+            key for key, node in graph.nodes.items() if node["class_type"] == "ModelOptQuantize"
+        }
         assert self.made.error is None, self.made.error
         self.files = {name: self.file(name) for name in VARIANTS}
         for server in (self.second, self.stock):
@@ -163,7 +166,13 @@ def test_header_and_markers(way, name):
 
 
 def test_progress_was_shown_while_quantizing(way):
-    quantize = [
-        m["node"] for m in way.made.of_type("progress") if m.get("max", 0) > 20 and "node" in m
-    ]
-    assert len(quantize) > 50
+    """ComfyUI sends ten a second at most: how many depends on the machine."""
+    bars: dict[str, list[int]] = {}
+    for message in way.made.of_type("progress"):
+        if message["node"] in way.quantizers:
+            bars.setdefault(message["node"], []).append(message["value"])
+            assert message["max"] > 100
+    assert len(bars) == len(VARIANTS)
+    for values in bars.values():
+        assert values == sorted(values)
+        assert len(set(values)) >= 3

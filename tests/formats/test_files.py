@@ -158,3 +158,59 @@ def test_no_space_leaves_nothing_behind(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tests, str(target)], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert os.listdir(tmp_path) == []
+
+
+def test_bytes_are_the_librarys(tmp_path):
+    """What our writer writes differs from safetensors' own file in the order of the metadata only."""
+    torch.manual_seed(0)
+    tensors = {
+        f"{name}.{i}": torch.randn(shape).to(dtype)
+        for name, dtype in (
+            ("f64", torch.float64),
+            ("f32", torch.float32),
+            ("f16", torch.float16),
+            ("bf16", torch.bfloat16),
+            ("e4m3", torch.float8_e4m3fn),
+            ("e5m2", torch.float8_e5m2),
+            ("i8", torch.int8),
+            ("u8", torch.uint8),
+            ("i64", torch.int64),
+            ("bool", torch.bool),
+        )
+        for i, shape in enumerate([(), (3, 5), (0, 4), (7,)])
+    }
+    tensors["strided"] = torch.randn(6, 4).t()
+    save_safetensors(tensors, tmp_path / "ours.safetensors", {"b": "ä", "a": "1"})
+    save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / "theirs.safetensors")
+    ours, theirs = (
+        load_file(tmp_path / "ours.safetensors"),
+        load_file(tmp_path / "theirs.safetensors"),
+    )
+    assert ours.keys() == theirs.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert ours[name].dtype == tensor.dtype
+        assert ours[name].shape == tensor.shape
+        assert (
+            ours[name]
+            .contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            .equal(theirs[name].contiguous().reshape(-1).view(torch.uint8))
+        )
+    with safe_open(tmp_path / "ours.safetensors", "pt") as file:
+        assert file.metadata() == {"a": "1", "b": "ä"}
+
+
+def test_cancelled_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("comfyui_modelopt.utils.files.PIECE", 100)
+    sizes = []
+
+    def cancel(size):
+        sizes.append(size)
+        if sum(sizes) >= 250:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_safetensors({"a": torch.ones(100)}, tmp_path / "x.safetensors", {}, cancel)
+    assert sizes == [100, 100, 100]
+    assert os.listdir(tmp_path) == []

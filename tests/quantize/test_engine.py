@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import comfy.model_management
 import comfy.sd
@@ -15,6 +16,7 @@ from comfyui_modelopt.quantize import engine
 from comfyui_modelopt.quantize import layers as layer_choice
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import Recipe
+from comfyui_modelopt.utils import sha256
 
 INT8 = Recipe("int8")
 SMOOTH = Recipe("int8", "smoothquant", 0.5)
@@ -54,30 +56,59 @@ def test_the_model_comes_out_as_it_went_in(patched, calibration, recipe, loaded)
     assert digest(patched) == before
 
 
-@pytest.mark.parametrize("recipe", [INT8, SMOOTH])
-@pytest.mark.parametrize("after", [0, 3, 9, 40])
-def test_cancel_leaves_the_model_as_it_was(patched, calibration, recipe, after, monkeypatch):
-    before = digest(patched)
+def quantize_until(model, recipe, calibration, monkeypatch, last: float = math.inf) -> int:
+    """Quantizes, the user cancelling at the `last`-th step of progress; the number of steps."""
     steps = 0
-    real = bridge.progress
+    real = engine.progress
 
     def counting(total):
         step = real(total)
 
-        def counted():
+        def counted(size=1):
             nonlocal steps
             steps += 1
-            if steps > after:
+            if steps == last:
                 comfy.model_management.interrupt_current_processing(True)
-            step()
+            step(size)
 
         return counted
 
-    monkeypatch.setattr(bridge, "progress", counting)
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        engine.quantize_model(patched, recipe, calibration)
-    assert steps == after + 1
-    assert digest(patched) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "progress", counting)
+        try:
+            engine.quantize_model(model, recipe, calibration)
+        except comfy.model_management.InterruptProcessingException:
+            assert steps == last
+    return steps
+
+
+@pytest.mark.parametrize("recipe", [INT8, SMOOTH])
+def test_cancel_at_any_step_leaves_the_model_as_it_was(patched, calibration, recipe, monkeypatch):
+    before = digest(patched)
+    total = quantize_until(patched, recipe, calibration, monkeypatch)
+    for fraction in (0, 0.3, 0.6, 0.75, 0.9, 1):
+        last = max(1, round(fraction * total))
+        assert quantize_until(patched, recipe, calibration, monkeypatch, last) == last
+        assert digest(patched) == before
+
+
+def test_cancel_while_the_source_file_is_hashed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.truncate(3 * sha256.PIECE + 1)
+    assert sha256.pieces(path) == 4
+    done = []
+
+    def cancel():
+        done.append(1)
+        if len(done) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sha256.of(path, cancel)
+    assert len(done) == 2
+    assert sha256.of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sha256.pieces(path) == 0
 
 
 def test_failing_half_way_leaves_the_model_as_it_was(patched, calibration, monkeypatch):

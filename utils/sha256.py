@@ -1,0 +1,35 @@
+"""SHA-256 of a model file, as model sites list it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+PIECE = 2**24
+_known: dict[tuple, str] = {}
+
+
+def _key(path: Path) -> tuple:
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def pieces(path: Path | None) -> int:
+    """How often `of` will call its `step`: once a piece, 0 for no file or one hashed before."""
+    if path is None or _key(path) in _known:
+        return 0
+    return -(-path.stat().st_size // PIECE)
+
+
+def of(path: Path, step: Callable[[], None] = lambda: None) -> str:
+    """The digest in hexadecimal; remembered while the file does not change. `step` may raise."""
+    key = _key(path)
+    if key not in _known:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                digest.update(piece)
+                step()
+        _known[key] = digest.hexdigest()
+    return _known[key]
