@@ -6,7 +6,6 @@ import struct
 import sys
 
 import pytest
-import safetensors.torch
 import torch
 from comfyui_modelopt.quantize import calibration
 from comfyui_modelopt.quantize.calibration import Calibration, Record, Run, load, save
@@ -161,14 +160,15 @@ def test_a_file_is_never_overwritten(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="never overwritten"):
         save(a_calibration(), path)
     # nor one that another process writes meanwhile, on file systems with hard links and without
+    flush = os.fsync
     for link in (os.link, refuse_links):
         path.unlink()
 
-        def save_while_another_does(*args, **kwargs):
-            save_file(*args, **kwargs)
+        def flush_while_another_saves(file):
+            flush(file)
             path.write_bytes(b"precious")
 
-        monkeypatch.setattr(safetensors.torch, "save_file", save_while_another_does)
+        monkeypatch.setattr(os, "fsync", flush_while_another_saves)
         monkeypatch.setattr(os, "link", link)
         with pytest.raises(FileExistsError, match="never overwritten"):
             save(a_calibration(), path)
