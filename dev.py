@@ -66,6 +66,12 @@ def cmd_paths(env: Environment, args: argparse.Namespace, extra: list[str]) -> i
     return 0
 
 
+def cmd_precompile(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    say("ModelOpt's CUDA kernels: minutes the first time, needs an NVIDIA GPU and a CUDA compiler")
+    code = "from modelopt.torch.quantization.extensions import precompile; precompile()"
+    return run([env.python, "-c", code], env)
+
+
 def cmd_demo(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
     command: list[str | Path] = [env.python, "-u", ROOT / "dev.py", "demo", "--in-venv"]
     for name in ("checkpoint", "format", "layers", "out", "json"):
@@ -97,7 +103,8 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--checkpoint", type=Path, metavar="FILE", help="an SD1.5 or SDXL checkpoint "
                       "(default: a small synthetic SD1.5)")  # fmt: skip
-    demo.add_argument("--format", default="int8", choices=["int8", "fp8"], help="default: int8")
+    demo.add_argument("--format", default="int8", help="default: int8", choices=["int8", "fp8",
+                      "mxfp8", "nvfp4", "int4", "w4a8"])  # fmt: skip
     demo.add_argument("--layers", default="linear + conv", choices=["linear + conv", "linear only"],
                       help="default: linear + conv")  # fmt: skip
     demo.add_argument("--out", type=Path, metavar="FILE", help="where to put the quantized UNet "
@@ -112,6 +119,11 @@ def parser() -> argparse.ArgumentParser:
         cmd_serve,
         "run ComfyUI with the pack, to click around in",
         "Further arguments go to ComfyUI. Models go into its models folder (see `paths`).",
+    )
+    command(
+        "precompile",
+        cmd_precompile,
+        "build ModelOpt's CUDA kernels, so that the first AWQ or SVDQuant does not wait for them",
     )
     command("paths", cmd_paths, "print JSON with the python and the comfyui in use")
     return top

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import tempfile
@@ -17,7 +18,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-ALPHAS = (0.25, 0.5, 0.75, 1.0)
+VARIANTS = {
+    "smoothquant": (
+        *({"alpha": alpha} for alpha in (0.25, 0.5, 0.75, 1.0)),
+        {"alpha": 0.5, "convolutions": "percentile"},
+    ),
+    "percentile": tuple({"percentile": share} for share in (0.25, 0.5, 1.0)),
+}
 SAMPLING = {"cfg": 7.0, "sampler_name": "euler", "scheduler": "normal"}
 NEGATIVE = "blurry, low quality"
 # neither this prompt nor this seed is among those of the calibration
@@ -26,18 +33,25 @@ HELD_OUT_SEED = 10_000
 MAX_RECORDS = 64
 
 
-def recipes() -> list:
-    """Every recipe of the pack, with each choice of layers."""
-    from comfyui_modelopt.quantize.layers import MODES
-    from comfyui_modelopt.quantize.recipe import ALGORITHMS, DEFAULT_ALPHA, SMOOTHQUANT, Recipe
+def recipes(slow: bool) -> list:
+    """Every recipe of the pack, with each choice of layers; awq_full only if `slow`."""
+    from comfyui_modelopt.quantize.layers import LINEAR_AND_CONV, MODES
+    from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, Recipe
 
-    return [
-        Recipe(form, algorithm, alpha, layers)
-        for layers in MODES
-        for form, algorithms in ALGORITHMS.items()
-        for algorithm in algorithms
-        for alpha in (ALPHAS if algorithm == SMOOTHQUANT else (DEFAULT_ALPHA,))
-    ]
+    found = []
+    for layers in MODES:
+        for form, algorithms in ALGORITHMS.items():
+            for algorithm in algorithms:
+                if algorithm == AWQ_FULL and not slow:
+                    continue
+                if algorithm == "percentile" and layers != LINEAR_AND_CONV:
+                    continue  # is max there
+                found += [
+                    Recipe(form, algorithm, layers=layers, **options)
+                    for options in VARIANTS.get(algorithm, ({},))
+                    if layers == LINEAR_AND_CONV or options.get("convolutions") != "percentile"
+                ]
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -82,23 +96,36 @@ def record(model, clip, prompts, seed: int, args: argparse.Namespace, max_record
     )
 
 
+def bits(checkpoint) -> float:
+    """Bits a weight of the quantized layers, all scales included, low-rank branches not."""
+    stored = weights = 0
+    for name, layer in checkpoint.layers.items():
+        tensors = {key: checkpoint.tensors[f"{name}.{key}"] for key in ("weight", *layer.scales)}
+        stored += sum(8 * t.nbytes for key, t in tensors.items() if not key.startswith("svd"))
+        weights += math.prod(layer.shape or tensors["weight"].shape)
+    return stored / weights
+
+
 def measure(model, recipe, calibration, records: list, references: list) -> dict[str, Any]:
     """Quantizes and loads; SQNR in dB of the loaded UNet's output for `records`, bytes, seconds."""
     from comfyui_modelopt.loaders import dispatch
     from comfyui_modelopt.loaders import unet as loader
     from comfyui_modelopt.quantize import engine, quality
     from comfyui_modelopt.quantize.bridge import unet as bridge
+    from comfyui_modelopt.utils.report import OPTIONS
 
     made = engine.quantize_model(model, recipe, calibration)
     quantized = loader.load(made.checkpoint, arithmetic=dispatch.INTEGER)
     outputs = bridge.run_loaded(quantized, records, lambda: None)
     facts = recipe.describe()
+    options = [f"{name} {facts[name]}" for name in OPTIONS if name in facts]
     return {
         "format": recipe.format,
         "algorithm": recipe.algorithm,
-        "alpha": facts.get("alpha"),
+        "options": ", ".join(options),
         "layers": recipe.layers,
         **quality.summary(references, outputs),
+        "bits": round(bits(made.checkpoint), 3),
         "bytes": made.checkpoint.nbytes(),
         "ratio": round(made.checkpoint.nbytes() / made.bytes_before, 4),
         "seconds": round(made.seconds, 2),
@@ -127,7 +154,7 @@ def run(path: Path, synthetic: bool, args: argparse.Namespace) -> dict[str, Any]
         references = bridge.run_loaded(model, records, lambda: None)
         say(HEAD)
         rows = []
-        for recipe in recipes():
+        for recipe in recipes(args.slow):
             rows.append(measure(model, recipe, calibration, records, references))
             say(line(rows[-1]))
     unet = model.model.diffusion_model
@@ -147,18 +174,17 @@ def run(path: Path, synthetic: bool, args: argparse.Namespace) -> dict[str, Any]
 
 
 HEAD = (
-    "| format | algorithm | alpha | layers | SQNR, held out | worst call | UNet | of 16 bits "
-    "| quantizing | opens in stock ComfyUI |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| format | algorithm | options | layers | SQNR, held out | worst call | bits a weight | UNet "
+    "| of 16 bits | quantizing | opens in stock ComfyUI |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
-    alpha = "" if row["alpha"] is None else row["alpha"]
     return (
-        f"| {row['format']} | {row['algorithm']} | {alpha} | {row['layers']} "
+        f"| {row['format']} | {row['algorithm']} | {row['options']} | {row['layers']} "
         f"| {row['sqnr_db']:.2f} dB | {row['worst_sqnr_db']:.2f} dB "
-        f"| {row['bytes'] / 1e6:.1f} MB | {row['ratio']:.3f} "
+        f"| {row['bits']:.2f} | {row['bytes'] / 1e6:.1f} MB | {row['ratio']:.3f} "
         f"| {row['seconds']:.1f} s | {'yes' if row['opens_in_stock'] else 'no'} |"
     )
 
@@ -187,6 +213,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"Machine: {where['gpu'] or 'no GPU'}; {where['cpu']}, torch on {where['threads']} thread(s); "
             f"torch {where['torch']}, ModelOpt {where['modelopt']}, ComfyUI {where['comfyui']}. "
             "Made by `benchmarks/recipes.py`.",
+            "Bits a weight: of quantized layers, scales included, low-rank branches not; the small "
+            "layers of a small model make scales count more than in a full one.",
             "",
             HEAD,
             *map(line, result["rows"]),
@@ -208,6 +236,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", type=int, default=128, help="width and height in pixels")
     parser.add_argument("--prompts", type=int, default=4, help="to calibrate on, 1 to 16")
+    parser.add_argument("--slow", action="store_true", help="awq_full too: hours on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON; the table goes beside it as .md")
     args = parser.parse_args()

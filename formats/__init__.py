@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import fp8, int8
+from . import fp8, fp8_e5m2, int4, int8, mxfp8, nvfp4, w4a8
 
 # the first one is the default: it measures best with `linear + conv` (benchmarks/results)
-FORMATS: dict[str, ModuleType] = {module.NAME: module for module in (fp8, int8)}
+FORMATS: dict[str, ModuleType] = {
+    module.NAME: module for module in (fp8, int8, mxfp8, nvfp4, int4, w4a8, fp8_e5m2)
+}
 
 
 def get(name: str) -> ModuleType:

@@ -13,15 +13,27 @@ import torch
 from . import FORMATS, get
 
 FORMAT_VERSION = 1
-SCALES = ("weight_scale", "input_scale", "pre_quant_scale")
+SCALE_SUFFIXES = (
+    "weight_scale",
+    "weight_scale_2",
+    "weight_amax",
+    "weight_amax_2",
+    "input_scale",
+    "pre_quant_scale",
+    "svd_up",
+    "svd_down",
+)
 KINDS = {2: "linear", 4: "conv2d"}
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Layer:
     """format: a name of FORMATS; kind: "linear" or "conv2d"; smoothed: has a pre_quant_scale.
 
-    input_amax: the calibrated largest activation, where the layer has an `input_scale`;
+    shape: of the original weight, where the stored one is packed or padded. rank: of the low-rank
+    branch `svd_up` [out, rank] @ `svd_down` [rank, in] that SVDQuant took out of the weight, 0 for
+    none. input_amax: the calibrated largest activation, where the layer has an `input_scale`;
     amax_exceptions: output channel -> weight amax. Both are kept because a scale alone does not
     give its amax back to the last bit, which running ModelOpt's own arithmetic needs.
     """
@@ -29,6 +41,8 @@ class Layer:
     format: str
     kind: str
     smoothed: bool = False
+    shape: tuple[int, ...] | None = None
+    rank: int = 0
     input_amax: float | None = None
     amax_exceptions: dict[str, float] = field(default_factory=dict, hash=False)
 
@@ -38,13 +52,25 @@ class Layer:
         return FORMATS[self.format].COMFY_FORMAT
 
     @property
+    def opens_in_stock(self) -> bool:
+        """Whether stock ComfyUI computes such a layer as this pack does.
+
+        It knows smoothing for NVFP4 only, and no low-rank branch.
+        """
+        smoothing = not self.smoothed or self.format == "nvfp4"
+        return self.kind == "linear" and FORMATS[self.format].STOCK and smoothing and not self.rank
+
+    @property
     def scales(self) -> tuple[str, ...]:
         """Names of the tensors that stand beside `weight`."""
-        names = ["weight_scale"]
-        if FORMATS[self.format].needs_input_scale(self.kind):
+        module = FORMATS[self.format]
+        names = list(module.SCALES)
+        if module.needs_input_scale(self.kind) or (self.format == "nvfp4" and self.input_amax):
             names.append("input_scale")
         if self.smoothed:
             names.append("pre_quant_scale")
+        if self.rank:
+            names += ["svd_up", "svd_down"]
         return tuple(names)
 
 
@@ -62,8 +88,12 @@ class QuantizedCheckpoint:
 
     @property
     def opens_in_stock(self) -> bool:
-        """Whether stock ComfyUI computes every layer as this pack does: Linears without smoothing."""
-        return all(layer.kind == "linear" and not layer.smoothed for layer in self.layers.values())
+        """Whether stock ComfyUI recognises the UNet and computes every layer as this pack does."""
+        return all(
+            layer.opens_in_stock
+            and (layer.shape is None or not shapes_the_model(name, layer.format))
+            for name, layer in self.layers.items()
+        )
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -80,7 +110,7 @@ class QuantizedCheckpoint:
         known = {f"{n}.{t}" for n, x in self.layers.items() for t in ("weight", *x.scales)}
         for name, tensor in self.tensors.items():
             stored = any(tensor.dtype == module.STORAGE for module in FORMATS.values())
-            if name not in known and (stored or name.rpartition(".")[2] in SCALES):
+            if name not in known and (stored or name.rpartition(".")[2] in SCALE_SUFFIXES):
                 _fail("a quantized tensor must belong to a layer of the header", name, where)
 
 
@@ -91,38 +121,73 @@ def _fail(rule: str, found, where: str) -> None:
     raise ValueError(f"{rule}, found {found} in {where}: {REMEDY}")
 
 
+def shapes_the_model(name: str, format_name: str) -> bool:
+    """Whether ComfyUI's detection reads the architecture from the width of this weight, which
+    packing two values into a byte would halve."""
+    return FORMATS[format_name].BITS == 4 and (
+        name.endswith("transformer_blocks.0.attn2.to_k") or name.startswith("label_emb.")
+    )
+
+
 def _validate_layer(name: str, layer: Layer, tensors: dict[str, torch.Tensor], where: str) -> None:
     module = get(layer.format)
     weight = tensors.get(f"{name}.weight")
     if weight is None:
         _fail(f"layer {name} must have a weight", "none", where)
-    if weight.dtype != module.STORAGE:
-        _fail(f"weight of {name} must be stored as {module.STORAGE}", weight.dtype, where)
-    if KINDS.get(weight.ndim) != layer.kind:
+    if module.BLOCK is not None and layer.shape is None:
+        _fail(f"layer {name} in {layer.format} must state its shape", "none", where)
+    shape = layer.shape or tuple(weight.shape)
+    if KINDS.get(len(shape)) != layer.kind:
         _fail(
             f"weight of {name} must have 2 dimensions for a linear and 4 for a conv2d",
-            f"a {layer.kind} with shape {tuple(weight.shape)}",
+            f"a {layer.kind} with shape {shape}",
             where,
         )
-    shapes = {
-        "weight_scale": module.scale_shape(tuple(weight.shape)),
-        "input_scale": (),
-        "pre_quant_scale": (weight.shape[1],),
-    }
-    for scale, shape in shapes.items():
-        value = tensors.get(f"{name}.{scale}")
-        if scale not in layer.scales:
+    if reason := module.why_not(shape):
+        _fail(f"weight of {name} must fit its format", reason, where)
+    wanted = module.stored(shape)
+    if "input_scale" in layer.scales:
+        wanted["input_scale"] = ((), (torch.float32,))
+    if layer.smoothed:
+        wanted["pre_quant_scale"] = ((shape[1],), (torch.float32, *SIXTEEN_BITS))
+    if layer.rank:
+        wanted["svd_up"] = ((shape[0], layer.rank), SIXTEEN_BITS)
+        wanted["svd_down"] = ((layer.rank, shape[1]), SIXTEEN_BITS)
+    for key in ("weight", *SCALE_SUFFIXES):
+        value = tensors.get(f"{name}.{key}")
+        if key not in wanted:
             if value is not None:
-                _fail(f"layer {name} in {layer.format} must have no {scale}", "one", where)
+                _fail(f"layer {name} in {layer.format} must have no {key}", "one", where)
             continue
         if value is None:
-            _fail(f"layer {name} in {layer.format} must have a {scale}", "none", where)
-        if tuple(value.shape) != shape:
-            _fail(f"{scale} of {name} must have shape {shape}", tuple(value.shape), where)
-        if value.dtype != torch.float32:
-            _fail(f"{scale} of {name} must be float32", value.dtype, where)
-        if not bool(((value > 0) & torch.isfinite(value)).all()):
-            _fail(f"{scale} of {name} must be positive and finite", _summary(value), where)
+            _fail(f"layer {name} in {layer.format} must have a {key}", "none", where)
+        size, dtypes = wanted[key]
+        if tuple(value.shape) != size:
+            _fail(f"{key} of {name} must have shape {size}", tuple(value.shape), where)
+        if value.dtype not in dtypes:
+            kinds = " or ".join(str(dtype) for dtype in dtypes)
+            _fail(f"{key} of {name} must be stored as {kinds}", value.dtype, where)
+        if key != "weight":
+            _validate_values(name, key, value, where)
+
+
+def _validate_values(name: str, key: str, value: torch.Tensor, where: str) -> None:
+    if value.dtype == torch.uint8:  # biased exponents, 255 is NaN
+        if bool((value == 255).any()):
+            _fail(f"{key} of {name} must be finite", "an exponent of 255", where)
+        return
+    values = value.float()
+    good = torch.isfinite(values)
+    if value.dtype == torch.float32 or key == "pre_quant_scale":
+        good &= values > 0
+        rule = "positive and finite"
+    elif key.startswith("svd"):
+        rule = "finite"
+    else:
+        good &= values >= 0
+        rule = "finite and not negative"
+    if not bool(good.all()):
+        _fail(f"{key} of {name} must be {rule}", _summary(values), where)
 
 
 def _summary(value: torch.Tensor) -> str:

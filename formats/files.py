@@ -30,9 +30,17 @@ HEADER_TYPES = {
 COMFY_HEADER = "_quantization_metadata"
 
 
+def comfy_config(layer: Layer) -> dict:
+    """What ComfyUI's markers say of a layer."""
+    config: dict = {"format": layer.comfy_format}
+    if not FORMATS[layer.format].ACTIVATIONS:
+        config["full_precision_matrix_mult"] = True
+    return config
+
+
 def comfy_quant(layer: Layer) -> torch.Tensor:
     """The `comfy_quant` marker of a layer: its JSON as a uint8 tensor, as ComfyUI stores it."""
-    text = json.dumps({"format": layer.comfy_format}).encode()
+    text = json.dumps(comfy_config(layer)).encode()
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
@@ -51,7 +59,7 @@ def write(
     stock = checkpoint.opens_in_stock
     prefix = "" if stock else PREFIX
     tensors = {prefix + name: tensor for name, tensor in marked(checkpoint).items()}
-    names = {prefix + name: {"format": x.comfy_format} for name, x in checkpoint.layers.items()}
+    names = {prefix + name: comfy_config(x) for name, x in checkpoint.layers.items()}
     header = {
         **checkpoint.header,
         "format_version": FORMAT_VERSION,
@@ -145,15 +153,28 @@ def _layer(name: str, entry, where: str) -> Layer:
             f"layer {name} must have a format of {', '.join(FORMATS)}, "
             f"found {entry['format']!r} in {where}: update ComfyUI-ModelOpt"
         )
+    shape, rank = entry.get("shape"), entry.get("rank", 0)
+    if shape is not None and not (
+        isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    ):
+        _fail_entry("shape", "a list of sizes", name, shape, where)
+    if type(rank) is not int or rank < 0:
+        _fail_entry("rank", "a number from 0", name, rank, where)
     amax, exceptions = entry.get("input_amax"), entry.get("amax_exceptions", {})
     if amax is not None and not isinstance(amax, (int, float)):
-        _fail_amax(name, amax, where)
+        _fail_entry("input_amax", "a number", name, amax, where)
     if not isinstance(exceptions, dict) or not all(
         key.isdecimal() and isinstance(value, (int, float)) for key, value in exceptions.items()
     ):
-        _fail_amax(name, exceptions, where)
-    return Layer(**{key: entry[key] for key in fields}, input_amax=amax, amax_exceptions=exceptions)
+        _fail_entry("amax_exceptions", "numbers by channel", name, exceptions, where)
+    return Layer(
+        **{key: entry[key] for key in fields},
+        shape=None if shape is None else tuple(shape),
+        rank=rank,
+        input_amax=amax,
+        amax_exceptions=exceptions,
+    )
 
 
-def _fail_amax(name: str, amax, where: str) -> None:
-    raise ValueError(f"amax of {name} must be a number, found {amax!r} in {where}: {REMEDY}")
+def _fail_entry(key: str, rule: str, name: str, found, where: str) -> None:
+    raise ValueError(f"{key} of {name} must be {rule}, found {found!r} in {where}: {REMEDY}")

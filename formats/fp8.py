@@ -6,16 +6,21 @@ multiplies with afterwards, so a dequantized weight equals its fake-quantized on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 NAME = "fp8"
 TITLE = "FP8 E4M3, per-tensor"
 COMFY_FORMAT = "float8_e4m3fn"
+STOCK = True
 STORAGE = torch.float8_e4m3fn
 BITS = 8
+BLOCK = None
+SCALES = ("weight_scale",)
+SECOND = None
+ACTIVATIONS = True
 QMAX = 448.0
-CAPABILITY = (8, 9)
-SMOOTHABLE = False
 AMAX_EPSILON = 2.0**-24
 
 
@@ -24,9 +29,14 @@ def needs_input_scale(kind: str) -> bool:
     return True
 
 
-def scale_shape(weight_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of `weight_scale`: a scalar."""
-    return ()
+def why_not(shape: tuple[int, ...]) -> str | None:
+    """Every weight fits."""
+    return None
+
+
+def stored(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Name -> shape and allowed dtypes of the tensors of a weight of this shape."""
+    return {"weight": (shape, (STORAGE,)), "weight_scale": ((), (torch.float32,))}
 
 
 def weight_amax(weight: torch.Tensor) -> torch.Tensor:
@@ -49,14 +59,9 @@ def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor
     return {"weight": q, "weight_scale": 1.0 / step}
 
 
-def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn [out, in, ...] and a float32 scalar -> float32 [out, in, ...]."""
-    return weight.float() * weight_scale
-
-
-def amax_exceptions(scale: torch.Tensor, amax: torch.Tensor) -> dict[str, float]:
-    """None: dequantizing needs the scale only."""
-    return {}
+def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """What `quantize` gave -> float32 weight of `shape`."""
+    return stored["weight"].float() * stored["weight_scale"]
 
 
 def input_scale(amax: torch.Tensor) -> torch.Tensor:

@@ -7,16 +7,23 @@ convolution's with one calibrated scale, because its sum runs over several pixel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 NAME = "int8"
 TITLE = "INT8, per-channel weights"
 COMFY_FORMAT = "int8_tensorwise"
+STOCK = True
 STORAGE = torch.int8
 BITS = 8
+BLOCK = None
+SCALES = ("weight_scale",)
+SECOND = None
+ACTIVATIONS = True
 QMAX = 127.0
-CAPABILITY = (7, 5)
-SMOOTHABLE = True
+# reached only where a calibration clips: ModelOpt then uses int8's own lower end
+QMIN = -128.0
 # an amax below the smallest step of fp16 counts as zero, as in ModelOpt's fake quantization
 AMAX_EPSILON = 2.0**-24
 
@@ -26,9 +33,20 @@ def needs_input_scale(kind: str) -> bool:
     return kind == "conv2d"
 
 
+def why_not(shape: tuple[int, ...]) -> str | None:
+    """Every weight fits."""
+    return None
+
+
 def scale_shape(weight_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of `weight_scale` for a weight [out, in, ...]: [out, 1, ...]."""
     return (weight_shape[0], *(1 for _ in weight_shape[1:]))
+
+
+def stored(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Name -> shape and allowed dtypes of the tensors of a weight of this shape."""
+    scale = (scale_shape(shape), (torch.float32,))
+    return {"weight": (shape, (STORAGE,)), "weight_scale": scale}
 
 
 def weight_amax(weight: torch.Tensor) -> torch.Tensor:
@@ -46,13 +64,13 @@ def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor
     # a tensor over a tensor: PyTorch turns a number over a tensor into a product with the
     # reciprocal, whose second rounding would move some ties
     step = torch.where(dead, 0.0, torch.full_like(amax, QMAX) / torch.where(dead, 1.0, amax))
-    q = (weight.float() * step).round_().clamp_(-QMAX, QMAX).to(torch.int8)
+    q = (weight.float() * step).round_().clamp_(QMIN, QMAX).to(torch.int8)
     return {"weight": q, "weight_scale": torch.where(dead, 1.0, amax) / QMAX}
 
 
-def dequantize(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in, ...] and float32 [out, 1, ...] -> float32 [out, in, ...]."""
-    return weight.float() * weight_scale
+def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """What `quantize` gave -> float32 weight of `shape`."""
+    return stored["weight"].float() * stored["weight_scale"]
 
 
 def amax_of(scale: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 QMAX = 127
-# activations beyond the calibrated range are clipped to int8's own ends, as ModelOpt clips them
+# values beyond the calibrated range are clipped to int8's own ends, as ModelOpt clips them
 QMIN = -128
 # the longest K for which |sum of K products of an activation and a weight| stays below 2**24
-EXACT_K = (2**24 - 1) // (QMAX * -QMIN)
+EXACT_K = (2**24 - 1) // (QMIN * QMIN)
 # rows of an unfolded convolution input multiplied at once on a GPU, in bytes
 UNFOLD_BYTES = 256 * 2**20
 

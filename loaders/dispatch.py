@@ -2,153 +2,123 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
-import comfy_kitchen
-import torch
-from comfy_kitchen.tensor import QuantizedTensor
-
-from ..formats import FORMATS, int8
+from ..formats import FORMATS
 from ..formats.checkpoint import Layer
+from ..kernels import blocks as block_kernels
 from ..kernels import fp8 as fp8_kernels
 from ..kernels import int8 as int8_kernels
-
-DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """`name` and `why` are shown to the user. `dequantizes`: weights are used in floating point."""
-
-    name: str
-    why: str
-    dequantizes: bool = False
-    linear: object = None
-    conv2d: object = None
-
-
-def _kitchen_int8_linear(x, input_scale, weight, weight_scale, bias):
-    return torch.ops.comfy_kitchen.int8_linear(
-        x.contiguous(), weight, weight_scale, bias, DTYPE_CODE[x.dtype], False, 256
-    )
-
-
-def _kitchen_fp8_linear(x, input_scale, weight, weight_scale, bias):
-    from comfy.quant_ops import TensorCoreFP8E4M3Layout as Layout
-
-    name = "TensorCoreFP8E4M3Layout"
-    flat = x.reshape(-1, x.shape[-1])
-    q = QuantizedTensor.from_float(flat, name, scale=input_scale)
-    params = Layout.Params(scale=weight_scale, orig_dtype=x.dtype, orig_shape=tuple(weight.shape))
-    out = torch.nn.functional.linear(q, QuantizedTensor(weight, name, params), bias)
-    return out.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _reference_int8_linear(x, input_scale, weight, weight_scale, bias):
-    return int8_kernels.linear_reference(x, weight, weight_scale, bias)
-
-
-REFERENCE = {
-    ("int8", "linear"): {"linear": _reference_int8_linear},
-    ("int8", "conv2d"): {"conv2d": int8_kernels.conv2d_reference},
-    ("fp8", "linear"): {"linear": fp8_kernels.linear_reference},
-    ("fp8", "conv2d"): {"conv2d": fp8_kernels.conv2d_reference},
-}
-KITCHEN = {
-    ("int8", "linear"): {"linear": _kitchen_int8_linear},
-    ("fp8", "linear"): {"linear": _kitchen_fp8_linear},
-}
-
+from ..utils import capability
+from ..utils.capability import EMULATED, GPU, NATIVE, REFUSED
+from . import native, simulation
 
 AUTO, INTEGER, FAKE = "auto", "integer", "fake"
 
 
-def _fake(layer: Layer) -> Kernel:
-    """ModelOpt's own simulation in float32."""
-    amax = torch.tensor(layer.input_amax or 0.0)
+@dataclass(frozen=True)
+class Kernel:
+    """What runs a layer.
 
-    def weight_amax(scale):
-        found = int8.amax_of(scale)
-        for channel, value in layer.amax_exceptions.items():
-            found[int(channel)] = value
-        return found
-
-    def int8_linear(x, input_scale, weight, weight_scale, bias):
-        return int8_kernels.linear_fake(x, weight, weight_amax(weight_scale), bias)
-
-    def int8_conv2d(x, input_scale, weight, weight_scale, bias, *geometry):
-        w_amax = weight_amax(weight_scale)
-        return int8_kernels.conv2d_fake(x, amax.to(x.device), weight, w_amax, bias, *geometry)
-
-    def fp8_linear(x, input_scale, weight, weight_scale, bias):
-        return fp8_kernels.linear_fake(x, amax.to(x.device), weight, weight_scale, bias)
-
-    def fp8_conv2d(x, input_scale, weight, weight_scale, bias, *geometry):
-        return fp8_kernels.conv2d_fake(x, amax.to(x.device), weight, weight_scale, bias, *geometry)
-
-    table = {
-        ("int8", "linear"): {"linear": int8_linear},
-        ("int8", "conv2d"): {"conv2d": int8_conv2d},
-        ("fp8", "linear"): {"linear": fp8_linear},
-        ("fp8", "conv2d"): {"conv2d": fp8_conv2d},
-    }
-    name = f"{layer.format} {layer.kind}: ModelOpt's simulation"
-    return Kernel(name, "asked for", **table[(layer.format, layer.kind)])
-
-
-def choose(layer: Layer, device: torch.device, as_stock: bool, arithmetic: str = AUTO) -> Kernel:
-    """The kernel for a layer on a device.
-
-    as_stock: the file opens in stock ComfyUI, whose result on a device without FP8 units is the
-    dequantized one; such a file gives the same picture here and there. arithmetic: AUTO; INTEGER
-    emulates the low-precision units also for such a file; FAKE runs ModelOpt's float32 simulation,
-    to verify against ModelOpt.
+    level: "native", "emulated" (low-precision arithmetic, computed exactly with wider numbers),
+    "dequantized" (weights in 16 or 32 bits), "weight-only" (so by the format's definition) or
+    "simulated" (ModelOpt's own, to verify). `why` is shown to the user. run(x, input_scale, weight,
+    bias, *geometry) with the weight as a QuantizedTensor; None where weights are dequantized.
     """
-    if arithmetic == FAKE:
-        return _fake(layer)
-    as_stock = as_stock and arithmetic == AUTO
+
+    name: str
+    level: str
+    why: str
+    run: Callable | None = field(default=None, compare=False)
+
+    @property
+    def dequantizes(self) -> bool:
+        """Weights are used in floating point."""
+        return self.run is None
+
+
+def _int8_linear(x, input_scale, weight, bias):
+    return int8_kernels.linear_reference(x, weight._qdata, weight._params.scale, bias)
+
+
+def _int8_conv2d(x, input_scale, weight, bias, *geometry):
+    return int8_kernels.conv2d_reference(
+        x, input_scale, weight._qdata, weight._params.scale, bias, *geometry
+    )
+
+
+def _fp8(function, x, input_scale, weight, bias, *geometry):
+    return function(x, input_scale, weight._qdata, weight._params.scale, bias, *geometry)
+
+
+def _w4a8(function, x, input_scale, weight, bias, *geometry):
+    stored = weight.layout_cls.stored(weight._qdata, weight._params)
+    values, scale = FORMATS["w4a8"].to_fp8(stored, weight._params.orig_shape)
+    return function(x, input_scale, values, scale, bias, *geometry)
+
+
+def _blocks(function, quantize, x, input_scale, weight, bias, *geometry):
+    plain = weight.layout_cls.plain(weight._qdata, weight._params)
+    return function(quantize, x, input_scale, plain, bias, *geometry)
+
+
+NVFP4, MXFP8 = block_kernels.quantize_nvfp4, block_kernels.quantize_mxfp8
+REFERENCE = {
+    ("int8", "linear"): _int8_linear,
+    ("int8", "conv2d"): _int8_conv2d,
+    ("fp8", "linear"): partial(_fp8, fp8_kernels.linear_reference),
+    ("fp8", "conv2d"): partial(_fp8, fp8_kernels.conv2d_reference),
+    ("w4a8", "linear"): partial(_w4a8, fp8_kernels.linear_reference),
+    ("w4a8", "conv2d"): partial(_w4a8, fp8_kernels.conv2d_reference),
+    ("nvfp4", "linear"): partial(_blocks, block_kernels.linear_reference, NVFP4),
+    ("nvfp4", "conv2d"): partial(_blocks, block_kernels.conv2d_reference, NVFP4),
+    ("mxfp8", "linear"): partial(_blocks, block_kernels.linear_reference, MXFP8),
+    ("mxfp8", "conv2d"): partial(_blocks, block_kernels.conv2d_reference, MXFP8),
+}
+NATIVE_KERNELS = {
+    ("int8", "linear"): native.int8_linear,
+    ("fp8", "linear"): native.fp8_linear,
+    ("w4a8", "linear"): partial(_w4a8, native.fp8_product),
+    ("nvfp4", "linear"): native.nvfp4_linear,
+    ("mxfp8", "linear"): native.mxfp8_linear,
+}
+
+
+def choose(layer: Layer, gpu: GPU, as_stock: bool, arithmetic: str = AUTO) -> Kernel:
+    """The kernel for a layer on a device. Raises ValueError where the format cannot run there.
+
+    as_stock: the file opens in stock ComfyUI, whose result on a device without the format's units
+    is the dequantized one; such a file gives the same picture here and there. arithmetic: AUTO;
+    INTEGER emulates the low-precision units also for such a file; FAKE runs ModelOpt's float32
+    simulation where there is one, to verify against ModelOpt.
+    """
     key = (layer.format, layer.kind)
-    needed = FORMATS[layer.format].CAPABILITY
-    if device.type == "cuda":
-        found = torch.cuda.get_device_capability(device)
-        if found < needed:
-            return Kernel(
-                f"{layer.format} {layer.kind}: dequantized",
-                f"{layer.format} needs compute capability {_dotted(needed)}, "
-                f"this GPU has {_dotted(found)}",
-                dequantizes=True,
-            )
-        if key in KITCHEN:
-            why = "" if layer.format == "fp8" else _why_not_kitchen_cuda()
-            return Kernel(f"{layer.format} {layer.kind}: comfy-kitchen", why, **KITCHEN[key])
-        return Kernel(
-            f"{layer.format} {layer.kind}: exact reference",
-            "there is no low-precision kernel for it yet",
-            **REFERENCE[key],
+    what = f"{layer.format} {layer.kind}"
+    found = capability.support(layer.format, layer.kind, gpu)
+    if found.level == REFUSED:
+        raise ValueError(f"{found.why}: load the file on another device or quantize to int8")
+    if not FORMATS[layer.format].ACTIVATIONS:
+        return Kernel(f"{what}: weights in {FORMATS[layer.format].BITS} bits", "weight-only", "")
+    if arithmetic == FAKE and key in simulation.SIMULATED:
+        run = simulation.of(layer)
+        return Kernel(f"{what}: ModelOpt's simulation", "simulated", "asked for", run)
+    if found.level == NATIVE and key in NATIVE_KERNELS:
+        return Kernel(f"{what}: comfy-kitchen", NATIVE, found.why, NATIVE_KERNELS[key])
+    if arithmetic == AUTO and _dequantizes(layer, gpu, as_stock):
+        why = found.why
+        if gpu.capability is None:
+            why += "; stock ComfyUI computes this file the same way"
+        return Kernel(f"{what}: dequantized", "dequantized", why)
+    return Kernel(f"{what}: exact reference", EMULATED, found.why, REFERENCE[key])
+
+
+def _dequantizes(layer: Layer, gpu: GPU, as_stock: bool) -> bool:
+    """A GPU too old for a format gets speed, a file that stock opens gets stock's result."""
+    needed = capability.NEEDS[layer.format]
+    if gpu.capability is not None:
+        return gpu.capability < needed or capability.support(layer.format, "linear", gpu).level == (
+            EMULATED
         )
-    if as_stock and layer.format == "fp8":
-        return Kernel(
-            f"{layer.format} {layer.kind}: dequantized",
-            f"no FP8 units on {device.type}; stock ComfyUI computes this file the same way",
-            dequantizes=True,
-        )
-    return Kernel(
-        f"{layer.format} {layer.kind}: exact reference",
-        f"no low-precision units on {device.type}",
-        **REFERENCE[key],
-    )
-
-
-def _why_not_kitchen_cuda() -> str:
-    """Why comfy-kitchen's CUDA kernels do not run, or "" if they do. FP8 Linears use torch's own."""
-    cuda = comfy_kitchen.list_backends()["cuda"]
-    if cuda["available"] and not cuda["disabled"]:
-        return ""
-    return (
-        "slow, comfy-kitchen's CUDA kernels are off here: ComfyUI enables them with a CUDA 13 build "
-        f"of torch only, this one is built for CUDA {torch.version.cuda}"
-    )
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(str(part) for part in capability)
+    return as_stock and layer.format != "int8"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..utils.report import model_report
-from . import unet
+from . import layouts, unet
 
 
 def weight_bytes(model) -> int:
@@ -21,6 +21,14 @@ def describe(model) -> str:
     )
 
 
+def _bits(parameter) -> float:
+    """Bits a weight, scales and branches included; what is not quantized has 16 in the file."""
+    if not isinstance(parameter, QuantizedTensor):
+        return 16
+    stored = layouts.unwrap(parameter)
+    return 8 * sum(tensor.nbytes for tensor in stored.values()) / parameter.numel()
+
+
 def blocks(model) -> dict[str, tuple[float, float]]:
     """Block of the UNet -> (average bits per weight, size in MB), in the UNet's order.
 
@@ -30,7 +38,7 @@ def blocks(model) -> dict[str, tuple[float, float]]:
     for name, parameter in model.model.diffusion_model.named_parameters():
         parts = name.split(".")
         block = ".".join(parts[:2]) if parts[0] in ("input_blocks", "output_blocks") else parts[0]
-        bits = 8 * parameter._qdata.itemsize if isinstance(parameter, QuantizedTensor) else 16
+        bits = _bits(parameter)
         entry = totals.setdefault(block, [0.0, 0.0])
         entry[0] += parameter.numel() * bits
         entry[1] += parameter.numel()

@@ -1,14 +1,14 @@
-"""comfy-kitchen layouts for what stock ComfyUI has none: smoothed INT8 Linears, INT8 convolutions,
-and the low-rank branch that carries a LoRA on top of 8-bit weights.
+"""comfy-kitchen layouts for our formats: stock ones have no convolutions, smoothing or branches.
 
 A layout's `dequantize` always answers in the basis of the original weight, smoothing undone and
-branch added, so that every ComfyUI path that patches a weight (in place, --lowvram, dynamic VRAM)
+branches added, so that every ComfyUI path that patches a weight (in place, --lowvram, dynamic VRAM)
 adds its delta in the right basis without knowing about either.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,19 +16,27 @@ from comfy.quant_ops import TensorCoreFP8E4M3Layout
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
-from ..formats import fp8, int8
+from ..formats import FORMATS
+from ..formats.checkpoint import Layer
 
 
 @dataclass(frozen=True)
 class Params(BaseLayoutParams):
-    """Scale, optional smoothing scale [in] and optional low-rank branch up [out, r] @ down [r, K]."""
+    """The format's scales, and what stands around the quantized weight.
 
+    pre_quant_scale [in]: smoothing. svd_up [out, r] @ svd_down [r, in]: SVDQuant's branch, in the
+    smoothed basis. up [out, r] @ down [r, K]: a LoRA's branch, in the original basis.
+    """
+
+    scale_2: torch.Tensor | None = None
     pre_quant_scale: torch.Tensor | None = None
+    svd_up: torch.Tensor | None = None
+    svd_down: torch.Tensor | None = None
     up: torch.Tensor | None = None
     down: torch.Tensor | None = None
 
     def _tensor_fields(self) -> list[str]:
-        names = ("scale", "pre_quant_scale", "up", "down")
+        names = ("scale", "scale_2", *AROUND, "up", "down")
         return [name for name in names if getattr(self, name) is not None]
 
     def _validate_tensor_fields(self) -> None:
@@ -46,41 +54,69 @@ class Params(BaseLayoutParams):
             object.__setattr__(self, field.name, value)
 
 
-class _ModelOptLayout(QuantizedLayout):
-    """Shared by both formats; FORMAT is the module of formats/ that owns the numerics."""
+AROUND = ("pre_quant_scale", "svd_up", "svd_down")
+
+
+class ModelOptLayout(QuantizedLayout):
+    """Shared by all formats; FORMAT is the module of formats/ that owns the numerics."""
 
     FORMAT = None
     Params = Params
 
     @classmethod
     def quantize(
-        cls, tensor, scale=None, stochastic_rounding=0, inplace_ops=False, pre_quant_scale=None, **_
+        cls,
+        tensor,
+        scale=None,
+        stochastic_rounding=0,
+        inplace_ops=False,
+        pre_quant_scale=None,
+        svd_up=None,
+        svd_down=None,
     ):
         """Float weight [out, in, ...] in the original basis -> stored values and Params.
 
         Called by ComfyUI when it requantizes a patched weight. `stochastic_rounding` is a seed:
-        above 0, values are rounded up or down at random in proportion, as ComfyUI does.
+        above 0, 8-bit values are rounded up or down at random in proportion, as ComfyUI does.
         """
         weight = tensor.float()
         if pre_quant_scale is not None:
             weight = weight / pre_quant_scale.to(weight.device, torch.float32)
+        if svd_up is not None:
+            weight = weight - svd_up.float() @ svd_down.float()
         stored = cls.FORMAT.quantize(weight, cls.FORMAT.weight_amax(weight))
-        if stochastic_rounding:
-            stored["weight"] = cls._round_randomly(
+        if stochastic_rounding and cls.FORMAT.NAME in ROUND_RANDOMLY:
+            stored["weight"] = ROUND_RANDOMLY[cls.FORMAT.NAME](
                 weight, stored["weight_scale"], stochastic_rounding
             )
-        params = Params(
-            scale=stored["weight_scale"],
-            orig_dtype=tensor.dtype,
-            orig_shape=tuple(tensor.shape),
-            pre_quant_scale=pre_quant_scale,
-        )
+        around = {"pre_quant_scale": pre_quant_scale, "svd_up": svd_up, "svd_down": svd_down}
+        params = cls.params(stored, tensor.dtype, tuple(tensor.shape), **around)
         return stored["weight"], params
 
     @classmethod
+    def params(cls, stored: Mapping[str, torch.Tensor], dtype, shape, **around) -> Params:
+        """Params of what the format stored, by its own names."""
+        scales = [stored.get(name) for name in cls.FORMAT.SCALES]
+        first, second = scales if len(scales) == 2 else (scales[0], None)
+        return Params(scale=first, scale_2=second, orig_dtype=dtype, orig_shape=shape, **around)
+
+    @classmethod
+    def stored(cls, qdata: torch.Tensor, params: Params) -> dict[str, torch.Tensor]:
+        """Stored values and scales by the format's own names."""
+        scales = (params.scale, params.scale_2)[: len(cls.FORMAT.SCALES)]
+        return {"weight": qdata, **dict(zip(cls.FORMAT.SCALES, scales, strict=True))}
+
+    @classmethod
+    def plain(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
+        """Stored values -> float32 weight as the layer multiplies with it: smoothed, no branches."""
+        return cls.FORMAT.dequantize(cls.stored(qdata, params), params.orig_shape)
+
+    @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
-        """Stored values -> weight in the original basis, branch included, in params.orig_dtype."""
-        weight = cls.FORMAT.dequantize(qdata, params.scale)
+        """Stored values -> weight in the original basis, branches included, in params.orig_dtype."""
+        weight = cls.plain(qdata, params)
+        if params.svd_up is not None:
+            weight = weight + params.svd_up.float() @ params.svd_down.float()
         if params.pre_quant_scale is not None:
             weight = weight * params.pre_quant_scale.float()
         if params.up is not None:
@@ -93,60 +129,56 @@ class _ModelOptLayout(QuantizedLayout):
 
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: Params) -> dict[str, torch.Tensor]:
-        return {"": qdata, "_scale": params.scale}
+        return {n.removeprefix("weight"): t for n, t in cls.stored(qdata, params).items()}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, object]:
-        return {"pre_quant_scale": qtensor._params.pre_quant_scale}
+        return {name: getattr(qtensor._params, name) for name in AROUND}
 
     @classmethod
     def supports_fast_matmul(cls) -> bool:
         return False  # the layers of loaders/ops.py choose their kernel themselves
 
 
-class ModelOptInt8Layout(_ModelOptLayout):
-    """INT8 per output channel, for Linear [out, in] and Conv2d [out, in, kh, kw] weights."""
-
-    FORMAT = int8
-
-    @staticmethod
-    def _round_randomly(weight, scale, seed):
-        noise = torch.rand(
-            weight.shape, generator=_generator(weight.device, seed), device=weight.device
-        )
-        return (weight / scale + noise).floor_().clamp_(-int8.QMAX, int8.QMAX).to(torch.int8)
+def _round_int8_randomly(weight, scale, seed):
+    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    noise = torch.rand(weight.shape, generator=generator, device=weight.device)
+    return (weight / scale + noise).floor_().clamp_(-127, 127).to(torch.int8)
 
 
-class ModelOptFP8Layout(_ModelOptLayout):
-    """FP8 E4M3 per tensor, for Linear and Conv2d weights."""
-
-    FORMAT = fp8
-
-    @staticmethod
-    def _round_randomly(weight, scale, seed):
-        qdata, _ = TensorCoreFP8E4M3Layout.quantize(weight, scale=scale, stochastic_rounding=seed)
-        return qdata
+def _round_fp8_randomly(weight, scale, seed):
+    return TensorCoreFP8E4M3Layout.quantize(weight, scale=scale, stochastic_rounding=seed)[0]
 
 
-LAYOUTS = {int8.NAME: ModelOptInt8Layout, fp8.NAME: ModelOptFP8Layout}
-for _layout in LAYOUTS.values():
-    register_layout_class(_layout.__name__, _layout)
+ROUND_RANDOMLY = {"int8": _round_int8_randomly, "fp8": _round_fp8_randomly}
 
 
-def _generator(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(seed)
+def _layout(module) -> type[ModelOptLayout]:
+    """A layout class of one format, registered under its name with comfy-kitchen."""
+    name = f"ModelOpt{module.NAME.upper()}Layout"
+    found = type(name, (ModelOptLayout,), {"FORMAT": module, "__doc__": module.TITLE})
+    register_layout_class(name, found)
+    return found
 
 
-def wrap(
-    format_name: str,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    dtype: torch.dtype,
-    pre_quant_scale: torch.Tensor | None = None,
-) -> QuantizedTensor:
-    """Stored values and scales -> a QuantizedTensor that reads as `dtype` with qdata's shape."""
-    params = Params(scale, dtype, tuple(qdata.shape), pre_quant_scale)
-    return QuantizedTensor(qdata, LAYOUTS[format_name].__name__, params)
+LAYOUTS = {name: _layout(module) for name, module in FORMATS.items()}
+
+
+def wrap(layer: Layer, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> QuantizedTensor:
+    """A layer's tensors by their names in the file -> a QuantizedTensor that reads as `dtype`."""
+    layout = LAYOUTS[layer.format]
+    around = {name: tensors.get(name) for name in AROUND}
+    shape = layer.shape or tuple(tensors["weight"].shape)
+    params = layout.params(tensors, dtype, shape, **around)
+    return QuantizedTensor(tensors["weight"], layout.__name__, params)
+
+
+def unwrap(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """The inverse of `wrap`, without a LoRA's branch."""
+    params = weight._params
+    around = {name: getattr(params, name) for name in AROUND}
+    found = weight.layout_cls.stored(weight._qdata, params) | around
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def without_branch(weight: QuantizedTensor) -> QuantizedTensor:

@@ -44,15 +44,12 @@ class QuantizedOp:
             if prefix + name in state_dict
         }
         state_dict.pop(prefix + "comfy_quant", None)
-        if self._wrong_shape(prefix, tensors["weight"], errors):
+        given = tensors["weight"]
+        weight = given if isinstance(given, QuantizedTensor) else None
+        if weight is None:
+            weight = layouts.wrap(layer, tensors, self.COMPUTE_DTYPE)
+        if self._wrong_shape(prefix, weight, errors):
             return
-        weight = layouts.wrap(
-            layer.format,
-            tensors["weight"],
-            tensors["weight_scale"],
-            self.COMPUTE_DTYPE,
-            tensors.get("pre_quant_scale"),
-        )
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.layout_type = weight._layout_cls
         self.quant_format = layer.comfy_format
@@ -78,9 +75,10 @@ class QuantizedOp:
         comfy.ops._quantized_weight_state_dict(
             self, out, prefix, extra_quant_params=("input_scale",)
         )
-        smoothing = self.weight._params.pre_quant_scale
-        if smoothing is not None:
-            out[f"{prefix}pre_quant_scale"] = smoothing
+        for name in layouts.AROUND:
+            tensor = getattr(self.weight._params, name)
+            if tensor is not None:
+                out[prefix + name] = tensor
         return out
 
     def convert_weight(self, weight, inplace=False, **kwargs):
@@ -140,6 +138,11 @@ class QuantizedOp:
         return None if scale is None else scale.to(input.device)
 
 
+def _branch(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x [..., in] through down [r, in] and up [out, r]."""
+    return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
 def quantized_ops(compute_dtype: torch.dtype, layers: dict[str, Layer], choose) -> type:
     """The ops class for one model.
 
@@ -163,11 +166,11 @@ def quantized_ops(compute_dtype: torch.dtype, layers: dict[str, Layer], choose) 
                 x = input
                 if params.pre_quant_scale is not None:
                     x = x * params.pre_quant_scale.to(x.dtype)
-                scale = self._input_scale(input)
-                output = self.kernel.linear(x, scale, weight._qdata, params.scale, bias)
+                output = self.kernel.run(x, self._input_scale(input), weight, bias)
+                if params.svd_up is not None:
+                    output = output + _branch(x, params.svd_up, params.svd_down)
                 if params.up is not None:
-                    branch = F.linear(input, params.down.to(input.dtype))
-                    output = output + F.linear(branch, params.up.to(input.dtype))
+                    output = output + _branch(input, params.up, params.down)
                 return output
 
             def _run_dense(self, input, weight, bias):
@@ -183,9 +186,7 @@ def quantized_ops(compute_dtype: torch.dtype, layers: dict[str, Layer], choose) 
                 params = weight._params
                 geometry = (self.stride, self.padding, self.dilation)
                 scale = self._input_scale(input)
-                output = self.kernel.conv2d(
-                    input, scale, weight._qdata, params.scale, bias, *geometry
-                )
+                output = self.kernel.run(input, scale, weight, bias, *geometry)
                 if params.up is not None:
                     down = params.down.to(input.dtype).reshape(-1, *weight.shape[1:])
                     up = params.up.to(input.dtype)[:, :, None, None]

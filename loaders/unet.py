@@ -14,8 +14,10 @@ import torch
 
 from ..formats import files
 from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
+from ..utils.capability import GPU
 from ..utils.progress import progress
-from . import dispatch, ops
+from . import dispatch, layouts, ops
+from .device import describe
 
 log = logging.getLogger(__name__)
 ATTACHMENT = "modelopt"
@@ -53,21 +55,23 @@ def load(
     arithmetic: see `dispatch.choose`. Raises ValueError (rule, value, where, remedy).
     """
     checkpoint.validate(where)
-    tensors = files.marked(checkpoint)
-    config = comfy.model_detection.model_config_from_unet(dict(tensors), "")
+    device = comfy.model_management.get_torch_device()
+    tensors = _seen_by_detection(checkpoint, torch.float32)
+    config = comfy.model_detection.model_config_from_unet(tensors, "")
     if config is None:
         raise ValueError(
             f"the UNet must be of an architecture that ComfyUI knows, {where} is of none: {REMEDY}"
         )
-    device = comfy.model_management.get_torch_device()
     compute_dtype = comfy.model_management.unet_manual_cast(
         None, device, config.supported_inference_dtypes
     )
+    tensors = _seen_by_detection(checkpoint, compute_dtype)
     as_stock = checkpoint.opens_in_stock
+    gpu = describe(device)
     operations = ops.quantized_ops(
         compute_dtype,
         checkpoint.layers,
-        lambda layer: dispatch.choose(layer, device, as_stock, arithmetic),
+        lambda layer: dispatch.choose(layer, gpu, as_stock, arithmetic),
     )
     options = {"custom_operations": operations}
     if device.type == "cpu":
@@ -93,8 +97,20 @@ def load(
     _check_complete(model, checkpoint, expected, where)
     header = {**checkpoint.header, "opens_in_stock": checkpoint.opens_in_stock}
     model.set_attachments(ATTACHMENT, Loaded(header, checkpoint))
-    _log_kernels(model, where)
+    _log_kernels(model, where, gpu)
     return model
+
+
+def _seen_by_detection(
+    checkpoint: QuantizedCheckpoint, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The state dict for ComfyUI: packed weights show the shape of the weight they stand for."""
+    tensors = files.marked(checkpoint)
+    for name, layer in checkpoint.layers.items():
+        if layer.shape is not None:
+            own = {key: tensors.get(f"{name}.{key}") for key in ("weight", *layer.scales)}
+            tensors[f"{name}.weight"] = layouts.wrap(layer, own, dtype)
+    return tensors
 
 
 def _stored_dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
@@ -164,8 +180,7 @@ def _store_patched(model, key: str, tensors: dict[str, torch.Tensor], info: Load
         dense = comfy.lora.calculate_weight(model.patches[key], dense, key)
         weight = weight.requantize_from_float(dense) if quantized else dense
     if quantized:
-        tensors[name] = weight._qdata
-        tensors[f"{module_name}.weight_scale"] = weight._params.scale
+        tensors |= {f"{module_name}.{key}": t for key, t in layouts.unwrap(weight).items()}
     else:
         tensors[name] = weight.to(info.dtypes.get(name, weight.dtype))
 
@@ -179,13 +194,17 @@ def kernels(model) -> dict[str, dispatch.Kernel]:
     }
 
 
-def _log_kernels(model, where: str) -> None:
+def _log_kernels(model, where: str, gpu: GPU) -> None:
+    """Once a load, by name; a warning where a GPU does not compute what the format is for."""
     chosen = Counter(kernels(model).values())
     text = "; ".join(
         f"{count} layers {kernel.name}" + (f" ({kernel.why})" if kernel.why else "")
         for kernel, count in chosen.items()
     )
-    log.info("ModelOpt: loaded %s: %s", where, text)
+    falls = gpu.capability is not None and any(
+        kernel.level in ("dequantized", "emulated") for kernel in chosen
+    )
+    log.log(logging.WARNING if falls else logging.INFO, "ModelOpt: loaded %s: %s", where, text)
 
 
 def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], where: str) -> None:

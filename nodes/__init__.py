@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .calibration_prompts import CalibrationPrompts
+from .gpu_info import GPUInfo
 from .load_calibration import LoadCalibration
 from .load_unet import LoadUNet
 from .model_info import ModelInfo
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     SaveUNet,
     LoadUNet,
     ModelInfo,
+    GPUInfo,
 ]
 
 

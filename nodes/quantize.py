@@ -5,27 +5,66 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..formats import FORMATS
+from ..loaders import device
 from ..quantize import layers as layer_choice
-from ..quantize.recipe import ALGORITHMS, DEFAULT_ALPHA, SMOOTHQUANT
-from .quantize_and_load import quantize_and_load
+from ..quantize.recipe import ALGORITHMS, OPTIONS
+from ..utils import capability
+from .quantize_and_load import quantize_and_load, recipe_of
 from .types import Calibration
 
+CHOICES = [name for name in FORMATS if name != "fp8_e5m2"]  # an option of fp8
 ALGORITHM_TOOLTIP = {
     "max": "max: scales from the largest values seen.",
-    SMOOTHQUANT: "smoothquant: moves outliers of the activations into the weights first.",
+    "mse": "mse: weight scales of least squared error.",
+    "percentile": "percentile: max, but convolutions clip their activations to what the steps share.",
+    "smoothquant": "smoothquant: moves outliers of the activations into the weights first.",
+    "awq_lite": "awq_lite: searches a scale for every input channel, so that those that matter "
+    "are rounded less.",
+    "awq_full": "awq_full: awq_lite, and a search for where to clip each block. Slow.",
+    "svdquant": "svdquant: awq_lite, and a low-rank branch in 16 bits takes what is hard to round.",
 }
 
 
+def _options() -> dict[str, io.Input]:
+    return {
+        "alpha": io.Float.Input(
+            "alpha",
+            default=0.5,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="How much of the activations' outliers moves into the weights: 0 none, 1 all.",
+        ),
+        "convolutions": io.Combo.Input(
+            "convolutions",
+            options=["percentile", "max"],
+            default="percentile",
+            optional=True,
+            tooltip="How the activations of convolutions, which smoothing does not reach, are "
+            "calibrated: clipped to what the steps share, or to the largest value.",
+        ),
+        "percentile": io.Float.Input(
+            "percentile",
+            default=1.0,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="The share of the sampling steps, from the first one on, whose smallest range "
+            "convolutions are clipped to: lower clips less.",
+        ),
+        "rank": io.Int.Input(
+            "rank",
+            default=32,
+            min=1,
+            max=256,
+            tooltip="Rank of the 16-bit branch: higher is nearer to the original, larger, slower.",
+        ),
+    }
+
+
 def _algorithm_option(name: str) -> io.DynamicCombo.Option:
-    alpha = io.Float.Input(
-        "alpha",
-        default=DEFAULT_ALPHA,
-        min=0.0,
-        max=1.0,
-        step=0.05,
-        tooltip="How much of the activations' outliers moves into the weights: 0 none, 1 all.",
-    )
-    return io.DynamicCombo.Option(name, [alpha] if name == SMOOTHQUANT else [])
+    inputs = _options()
+    return io.DynamicCombo.Option(name, [inputs[option] for option in OPTIONS.get(name, ())])
 
 
 def _format_option(name: str) -> io.DynamicCombo.Option:
@@ -35,7 +74,14 @@ def _format_option(name: str) -> io.DynamicCombo.Option:
         options=[_algorithm_option(a) for a in algorithms],
         tooltip=" ".join(ALGORITHM_TOOLTIP[a] for a in algorithms),
     )
-    return io.DynamicCombo.Option(name, [algorithm])
+    weights = io.Combo.Input(
+        "weights",
+        options=["e4m3", "e5m2"],
+        default="e4m3",
+        optional=True,
+        tooltip="e4m3: more digits, FP8 arithmetic. e5m2: more range, activations stay in 16 bits.",
+    )
+    return io.DynamicCombo.Option(name, [algorithm, weights] if name == "fp8" else [algorithm])
 
 
 class Quantize(io.ComfyNode):
@@ -52,15 +98,16 @@ class Quantize(io.ComfyNode):
                 io.Model.Input("model", tooltip="The MODEL to quantize, in 16 or 32 bits."),
                 io.DynamicCombo.Input(
                     "format",
-                    options=[_format_option(name) for name in FORMATS],
-                    tooltip="; ".join(f"{name}: {m.TITLE}" for name, m in FORMATS.items()),
+                    options=[_format_option(name) for name in CHOICES],
+                    tooltip="; ".join(f"{name}: {FORMATS[name].TITLE}" for name in CHOICES),
                 ),
                 io.Combo.Input(
                     "layers",
                     options=list(layer_choice.MODES),
                     default=layer_choice.LINEAR_AND_CONV,
                     tooltip="linear + conv: the smallest file, opens with this pack only. "
-                    "linear only: opens in stock ComfyUI too (not with smoothquant).",
+                    "linear only: fp8, int8, mxfp8 and nvfp4 open in stock ComfyUI too (int8 not "
+                    "with smoothquant, nvfp4 not with svdquant).",
                 ),
                 io.String.Input(
                     "skip",
@@ -71,8 +118,8 @@ class Quantize(io.ComfyNode):
                 Calibration.Input(
                     "calibration",
                     optional=True,
-                    tooltip="What the UNet really saw. Needed but for int8, max, linear only; "
-                    "without it the quality is not measured.",
+                    tooltip="What the UNet really saw. Needed wherever activations get a scale or "
+                    "weights are smoothed; without it the quality is not measured.",
                 ),
             ],
             outputs=[
@@ -88,10 +135,18 @@ class Quantize(io.ComfyNode):
         `skip` is named because ComfyUI reports the answer on an input that it did pass.
         """
         if format is None:
-            return f"format must be one of {', '.join(FORMATS)}: choose one in the node"
-        if isinstance(format, dict) and not format.get("algorithm"):
-            known = ", ".join(ALGORITHMS[format["format"]])
-            return f"algorithm of {format['format']} must be one of {known}: choose one"
+            return f"format must be one of {', '.join(CHOICES)}: choose one in the node"
+        if isinstance(format, dict):
+            if not format.get("algorithm"):
+                known = ", ".join(ALGORITHMS[format["format"]])
+                return f"algorithm of {format['format']} must be one of {known}: choose one"
+            try:
+                recipe = recipe_of(format, layer_choice.LINEAR_AND_CONV, "")
+            except ValueError as error:
+                return str(error)
+            found = capability.support(recipe.format, "linear", device.current())
+            if found.level == capability.REFUSED:
+                return f"{found.why}: choose another format"
         return True
 
     @classmethod

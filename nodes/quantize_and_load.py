@@ -5,20 +5,25 @@ from __future__ import annotations
 from ..loaders import unet as loader
 from ..quantize import engine
 from ..quantize.layers import parse_patterns
-from ..quantize.recipe import DEFAULT_ALPHA, Recipe
+from ..quantize.recipe import Recipe
 from ..utils.report import quantize_report
+
+
+def recipe_of(format: dict, layers: str, skip: str) -> Recipe:
+    """The node's inputs as a recipe. Raises ValueError for options that do not go together.
+
+    An option that is not given, or not known yet while ComfyUI validates, is None.
+    """
+    algorithm = {name: value for name, value in format["algorithm"].items() if value is not None}
+    name = format["format"]
+    if format.get("weights") == "e5m2":
+        name = "fp8_e5m2"
+    return Recipe(name, **algorithm, layers=layers, skip=tuple(parse_patterns(skip)))
 
 
 def quantize_and_load(model, format: dict, layers: str, skip: str, calibration):
     """-> quantized MODEL, report text, figures (JSON-able). `format` as the DynamicCombo gives it."""
-    algorithm = format["algorithm"]
-    recipe = Recipe(
-        format=format["format"],
-        algorithm=algorithm["algorithm"],
-        alpha=algorithm.get("alpha", DEFAULT_ALPHA),
-        layers=layers,
-        skip=tuple(parse_patterns(skip)),
-    )
+    recipe = recipe_of(format, layers, skip)
     made = engine.quantize_model(model, recipe, calibration)
     quantized = loader.load(made.checkpoint)
     engine.measure(made, quantized)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from ..formats import FORMATS
-from ..formats.checkpoint import Layer, QuantizedCheckpoint
+from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils import sha256
 from ..utils.progress import progress
-from . import modelopt, quality
+from . import modelopt, pack, percentile, quality
 from .layers import select
-from .recipe import Recipe
+from .recipe import AWQ_FULL, AWQ_LITE, SVDQUANT, LayerPlan, Recipe, plan
 
 log = logging.getLogger(__name__)
 # UNet calls on which the result is compared with the original
 EVALUATION_RECORDS = 8
+# how often ModelOpt replays the records: AWQ looks at them once and searches once, or twice
+PASSES = {AWQ_LITE: 2, SVDQUANT: 2, AWQ_FULL: 3}
+# UNet calls that AWQ_FULL's search for clipping looks at: it quantizes every weight anew for each
+CLIP_RECORDS = 4
 # progress of one UNet call, where copying or packing one layer is 1
 CALL = 20
 
@@ -56,31 +59,45 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
     started = time.monotonic()
     modelopt.require()
     source = bridge.unet_of(model)
-    layers = select(source, recipe.layers, list(recipe.skip))
-    records = _records(model, calibration, recipe, set(layers.values()), sampling)
-    notes = [f"Not part of the quantized UNet: {what}." for what in bridge.left_behind(model)]
+    plans, notes = plan(source, recipe, select(source, recipe.layers, list(recipe.skip)))
+    runs = _runs(model, calibration, recipe, plans, sampling)
+    records = [record for run in runs for record in run.records]
+    notes += [f"Not part of the quantized UNet: {what}." for what in bridge.left_behind(model)]
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), bridge.memory_explained(model):
             device, dtype = model.load_device, model.model.get_dtype_inference()
             chosen = quality.pick(records, EVALUATION_RECORDS)
-            runs = len(records) if recipe.needs_calibration(set(layers.values())) else 0
-            modules = sum(1 for _ in source.modules())
+            collects = any(_collects(one) for one in plans.values()) and bool(records)
+            passes = max((PASSES.get(one.algorithm, 1) for one in plans.values()), default=1)
             file = bridge.source_file(model)
-            calls = CALL * (2 * len(chosen) + runs)
-            step = progress(modules + calls + 2 * len(layers) + sha256.pieces(file))
+            replayed = [records] * min(passes, 2) + [quality.pick(records, CLIP_RECORDS)]
+            replayed = replayed[:passes] if collects else []
+            calls = 2 * len(chosen) + sum(len(one) for one in replayed)
+            modules = sum(1 for _ in source.modules())
+            builds = modelopt.BUILDS if device.type == "cuda" and modelopt.searches(plans) else 0
+            total = modules + CALL * (calls + builds) + 2 * len(plans) + sha256.pieces(file)
+            step = progress(total)
+            if builds:
+                notes.append(modelopt.build_kernels(lambda: step(CALL)))
+            if recipe.format in ("nvfp4", "mxfp8"):
+                notes.append(f"Weights packed as ModelOpt's {recipe.format} tensors, on {device}.")
             unet = bridge.copy_unet(model, step)
-            _check_finite(unet, layers, step)
+            _check_finite(unet, plans, step)
             references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
 
+            places = {id(record): _place(run, record) for run in runs for record in run.records}
+            waiting = iter(replayed)
+
             def replay(twin: torch.nn.Module) -> None:
-                for record in records:
+                for record in next(waiting):
+                    percentile.set_place(places[id(record)])
                     args, kwargs = record.arguments(device, dtype)
                     twin(*args, **kwargs)
                     step(CALL)
 
-            modelopt.calibrate(unet, recipe, layers, replay if runs else None)
+            modelopt.calibrate(unet, plans, replay if collects else None, recipe.percentile)
             bytes_before = sum(p.numel() * 2 for p in unet.parameters())
-            tensors, table = _pack(unet, recipe, layers, step)
+            tensors, table = pack.pack(unet, recipe, plans, step)
     finally:
         unet = None
         bridge.release_memory()
@@ -106,20 +123,31 @@ def measure(quantized: Quantized, model) -> None:
     quantized.checkpoint.header["quality"] = quantized.figures
 
 
-def _records(model, calibration, recipe: Recipe, kinds: set[str], sampling) -> list:
+def _runs(model, calibration, recipe: Recipe, plans: Mapping[str, LayerPlan], sampling) -> tuple:
     if calibration is None:
-        if recipe.needs_calibration(kinds):
+        if any(one.calibrates for one in plans.values()):
             raise ValueError(
                 f"{recipe.format} with algorithm {recipe.algorithm} and layers {recipe.layers} "
                 "needs recorded activations, no CALIBRATION is connected: connect "
                 '"Record Calibration (ModelOpt)" or "Calibration from Prompts (ModelOpt)"'
             )
-        return []
+        return ()
     calibration.check_matches(sampling.signature(model))
-    return [record for run in calibration.runs for record in run.records]
+    return calibration.runs
 
 
-def _check_finite(unet: torch.nn.Module, layers: dict[str, str], step: Callable[[], None]) -> None:
+def _collects(one: LayerPlan) -> bool:
+    """Whether recorded activations are of use to a layer."""
+    return one.calibrates or modelopt.input_config(one, 1.0) is not None
+
+
+def _place(run, record) -> float:
+    """Which step of its run a UNet call belongs to, as a share of the run."""
+    steps = run.steps or run.calls
+    return int(record.index * steps / max(run.calls, 1)) / max(steps, 1)
+
+
+def _check_finite(unet: torch.nn.Module, layers: Iterable[str], step: Callable[[], None]) -> None:
     for name in layers:
         step()
         weight = unet.get_submodule(name).weight
@@ -128,55 +156,6 @@ def _check_finite(unet: torch.nn.Module, layers: dict[str, str], step: Callable[
                 f"weights must be finite, {name} holds NaN or infinity: "
                 f"the checkpoint is damaged, or skip that layer with the pattern {name}"
             )
-
-
-def _pack(
-    unet: torch.nn.Module, recipe: Recipe, layers: dict[str, str], step: Callable[[], None]
-) -> tuple[dict[str, torch.Tensor], dict[str, Layer]]:
-    """Calibrated UNet -> its tensors on the CPU, quantized layers packed, and their table.
-
-    Each layer's weight is given up as soon as it is packed, so that patched or moved weights and
-    their packed form never exist all at once.
-    """
-    module_of = FORMATS[recipe.format]
-    tensors: dict[str, torch.Tensor] = {}
-    table: dict[str, Layer] = {}
-    for name, kind in layers.items():
-        module = unet.get_submodule(name)
-        smoothed = recipe.smooths(kind)
-        if smoothed:
-            modelopt.smooth(module, recipe.alpha)
-        stored = module_of.quantize(module._parameters["weight"].data, module.weight_quantizer.amax)
-        amax = None
-        if module_of.needs_input_scale(kind):
-            amax = module.input_quantizer.amax.float().item()
-            stored["input_scale"] = module_of.input_scale(module.input_quantizer.amax)
-        if smoothed:
-            stored["pre_quant_scale"] = module.input_quantizer.pre_quant_scale.float().reshape(-1)
-        if module.bias is not None:
-            stored["bias"] = sixteen_bits(module.bias.data)
-        exceptions = module_of.amax_exceptions(stored["weight_scale"], module.weight_quantizer.amax)
-        tensors |= {f"{name}.{key}": value.cpu() for key, value in stored.items()}
-        table[name] = Layer(recipe.format, kind, smoothed, amax, exceptions)
-        module._parameters["weight"] = None
-        step()
-    taken = set(layers)
-    for name, parameter in [*unet.named_parameters(), *unet.named_buffers()]:
-        parts = name.split(".")
-        if any(".".join(parts[:i]) in taken for i in range(len(parts))):
-            continue
-        if any(part.endswith("_quantizer") for part in parts):
-            continue
-        tensors[name] = sixteen_bits(parameter.data).cpu()
-    return tensors, table
-
-
-def sixteen_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Float tensors in 16 bits: float16, or bfloat16 where the source is or float16 overflows."""
-    if tensor.dtype not in (torch.float32, torch.float64):
-        return tensor
-    half = tensor.to(torch.float16)
-    return half if bool(torch.isfinite(half).all()) else tensor.to(torch.bfloat16)
 
 
 def _header(model, recipe: Recipe, calibration, bridge) -> dict:

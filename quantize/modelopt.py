@@ -6,11 +6,32 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from .recipe import SMOOTHQUANT, Recipe, modelopt_config
+from . import backend, percentile
+from .recipe import AWQ, AWQ_FULL, MAX, MSE, PERCENTILE, SMOOTHQUANT, LayerPlan
+
+log = logging.getLogger(__name__)
+OFF = {"quantizer_name": "*", "enable": False}
+PER_TENSOR = {"num_bits": 8, "axis": None}
+# the largest magnitude of each input channel, which SmoothQuant balances against the weight's
+PER_CHANNEL = {"num_bits": 8, "axis": -1}
+INT4_BLOCKS = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
+E4M3 = {"num_bits": (4, 3), "axis": None}
+WEIGHTS = {
+    "int8": {"num_bits": 8, "axis": 0},
+    "fp8": E4M3,
+    "fp8_e5m2": E4M3,  # for its largest magnitude only
+    "nvfp4": PER_TENSOR,  # for its largest magnitude only
+    "int4": INT4_BLOCKS,
+    "w4a8": [INT4_BLOCKS, E4M3],
+}
+# candidates of the search for the amax of least squared error: the largest magnitude itself (1.0)
+# is the last one, so that the search is never worse than it
+MSE_SEARCH = {"method": "mse", "start_multiplier": 0.5, "stop_multiplier": 1.0, "step_size": 0.025}
 
 
 def require():
@@ -31,7 +52,7 @@ def version() -> str:
     return importlib.metadata.version("nvidia-modelopt")
 
 
-def register(unet: torch.nn.Module, layers: dict[str, str]) -> list[str]:
+def register(unet: torch.nn.Module, layers: Mapping[str, object]) -> list[str]:
     """Tells ModelOpt of the UNet's layer classes; returns the names of all layers it will convert.
 
     ModelOpt matches exact types: ComfyUI's `comfy.ops.*.Linear` and `Conv2d` would get no
@@ -43,30 +64,112 @@ def register(unet: torch.nn.Module, layers: dict[str, str]) -> list[str]:
     from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
 
     modules = dict(unet.named_modules())
-    wrappers = {"linear": _QuantLinear, "conv2d": _QuantConv2d}
-    for name, kind in layers.items():
+    for name in layers:
         cls = type(modules[name])
         if cls not in QuantModuleRegistry:
-            QuantModuleRegistry.register({cls: f"{cls.__module__}.{cls.__qualname__}"})(
-                wrappers[kind]
-            )
+            wrapper = _QuantConv2d if issubclass(cls, torch.nn.Conv2d) else _QuantLinear
+            QuantModuleRegistry.register({cls: f"{cls.__module__}.{cls.__qualname__}"})(wrapper)
     return [name for name, module in modules.items() if type(module) in QuantModuleRegistry]
+
+
+def input_config(plan: LayerPlan, share: float) -> dict | None:
+    """ModelOpt's attributes of a layer's input quantizer while activations are collected."""
+    if plan.algorithm == SMOOTHQUANT:
+        return PER_CHANNEL
+    if plan.algorithm == PERCENTILE and plan.static:
+        calibrator = percentile.calibrator()
+        return {**PER_TENSOR, "calibrator": (calibrator, (), {"percentile": share})}
+    return PER_TENSOR if plan.static or plan.format == "nvfp4" else None
+
+
+def activations_config(plans: Mapping[str, LayerPlan], everything: list[str], share: float) -> dict:
+    """The `config` of `mtq.quantize` that collects activations, and searches AWQ's scales.
+
+    plans: of the layers to quantize; everything: names of all modules ModelOpt converts. ModelOpt's
+    presets are not used as they stand: they disable `*proj_out.*` (a language model's head), which
+    in ComfyUI's names is the last layer of every SpatialTransformer. Weights are calibrated
+    afterwards, layer by layer; here only AWQ needs their quantizers.
+    """
+    entries: list[dict] = [OFF]
+    algorithms = set()
+    for name, plan in plans.items():
+        config = input_config(plan, share)
+        if config is not None:
+            entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": config})
+        if plan.algorithm in AWQ:
+            weight = backend.NVFP4 if plan.format == "nvfp4" else INT4_BLOCKS
+            entries.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": weight})
+            algorithms.add(AWQ_FULL if plan.algorithm == AWQ_FULL else "awq_lite")
+    entries += [
+        {"quantizer_name": f"{name}.*", "enable": False} for name in everything if name not in plans
+    ]
+    algorithm = {"method": algorithms.pop(), "debug": True} if algorithms else MAX
+    return {"quant_cfg": entries, "algorithm": algorithm}
 
 
 def calibrate(
     unet: torch.nn.Module,
-    recipe: Recipe,
-    layers: dict[str, str],
+    plans: Mapping[str, LayerPlan],
     forward_loop: Callable[[torch.nn.Module], None] | None,
+    share: float = 1.0,
 ) -> None:
-    """Puts quantizers into `unet` (in place) and calibrates them; weights are not written to.
+    """Puts quantizers into `unet` (in place) and collects activations.
 
-    SmoothQuant's rescaling is not done here but layer by layer in `smooth`, so that at no time
-    more than one layer's weight exists twice.
+    No weight is written to, so that weights may be shared with the user's MODEL; only AWQ_FULL
+    writes, into weights of its own. share: percentile's.
     """
     mtq = require()
-    everything = register(unet, layers)
-    mtq.quantize(unet, modelopt_config(recipe, layers, everything), forward_loop)
+    everything = register(unet, plans)
+    full = [name for name, plan in plans.items() if plan.algorithm == AWQ_FULL]
+    for name in full:
+        module = unet.get_submodule(name)
+        own = module._parameters["weight"].data.clone()
+        module._parameters["weight"] = torch.nn.Parameter(own, requires_grad=False)
+    backend.register()
+    config = activations_config(plans, everything, share)
+    with contextlib.nullcontext() if full else _weights_left_alone():
+        mtq.quantize(unet, config, forward_loop)
+
+
+def searches(plans: Mapping[str, LayerPlan]) -> bool:
+    """Whether ModelOpt fake-quantizes while it calibrates: AWQ's search does."""
+    return any(plan.algorithm in AWQ for plan in plans.values())
+
+
+def build_kernels(step: Callable[[], None]) -> str:
+    """Builds or loads ModelOpt's CUDA kernels; returns a sentence for the report.
+
+    The first time on a machine this takes minutes and needs a CUDA compiler; without one ModelOpt
+    does the same in plain PyTorch. `step` is called after each of BUILDS kernels.
+    """
+    from modelopt.torch.quantization import extensions
+
+    log.info("ModelOpt builds its CUDA kernels: minutes the first time (dev.py precompile)")
+    built = []
+    for build in (extensions.get_cuda_ext, extensions.get_cuda_ext_fp8):
+        built.append(build(raise_if_failed=False) is not None)
+        step()
+    return (
+        "Searched with ModelOpt's CUDA kernels."
+        if all(built)
+        else "Searched with ModelOpt's PyTorch code: its CUDA kernels could not be built here."
+    )
+
+
+BUILDS = 2
+
+
+@contextlib.contextmanager
+def _weights_left_alone() -> Iterator[None]:
+    """AWQ keeps its smoothing apart from the weights, as ModelOpt's own AutoQuantize has it."""
+    from modelopt.torch.quantization import model_calib
+
+    before = model_calib._ENABLE_FOLDING_PQS_TO_WEIGHTS
+    model_calib._ENABLE_FOLDING_PQS_TO_WEIGHTS = False
+    try:
+        yield
+    finally:
+        model_calib._ENABLE_FOLDING_PQS_TO_WEIGHTS = before
 
 
 def smooth(module: torch.nn.Module, alpha: float) -> None:
@@ -81,14 +184,60 @@ def smooth(module: torch.nn.Module, alpha: float) -> None:
     weight = module._parameters["weight"].data
     if weight.device != amax.device:  # a UNet too large for the device, streamed
         module.weight_quantizer.to(amax.device)
-        module.weight_quantizer._calibrator.reset()
+    module.weight_quantizer.set_from_attribute_config({**WEIGHTS["int8"], "enable": True})
     module._parameters["weight"] = torch.nn.Parameter(
         weight.to(amax.device, copy=True), requires_grad=False
     )
     holder = torch.nn.ModuleDict({"layer": module})
-    with contextlib.redirect_stdout(io.StringIO()):  # "Smoothed 1 modules", once a layer
+    with quiet():  # "Smoothed 1 modules", once a layer
         mtq.calibrate(
             holder,
             {"method": SMOOTHQUANT, "alpha": alpha},
             forward_loop=lambda _: module.input_quantizer(amax),
         )
+
+
+def awq_weight(module: torch.nn.Module, plan: LayerPlan) -> torch.Tensor:
+    """The weight of a Linear that AWQ was searched for, with its smoothing folded in as ModelOpt
+    folds it: multiplied in float32, rounded to the weight's own dtype."""
+    weight = module._parameters["weight"].data
+    if plan.algorithm == AWQ_FULL:
+        return weight
+    # the reciprocal is ModelOpt's own, and taken twice there
+    inverse = 1.0 / (1.0 / module.awq_lite.best_scale).to(torch.float32)
+    return (weight * inverse.to(weight.device).squeeze()[None, :]).to(weight.dtype)
+
+
+def svd(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """SVDQuant's split by ModelOpt: up [out, r], down [r, in], and the rest of the weight."""
+    from modelopt.torch.quantization.model_calib import svd as modelopt_svd
+
+    up, down = modelopt_svd(weight, min(rank, *weight.shape))
+    return up, down, weight - up @ down
+
+
+def weight_amax(weight: torch.Tensor, plan: LayerPlan):
+    """ModelOpt's calibration of a weight [N, K] -> the amax its format's `quantize` takes."""
+    mtq = require()
+    config = WEIGHTS.get(plan.format)
+    if config is None:  # scales follow from the weight alone
+        return None
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    # in float32, or the search for the least error would round its candidates to 16 bits
+    layer.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    holder = torch.nn.ModuleDict({"layer": layer})
+    entries = [OFF, {"quantizer_name": "*weight_quantizer", "cfg": config}]
+    algorithm = MSE_SEARCH if plan.algorithm == MSE else MAX
+    with quiet():
+        mtq.quantize(holder, {"quant_cfg": entries, "algorithm": algorithm}, None)
+    quantizer = holder["layer"].weight_quantizer
+    if isinstance(config, list):
+        return tuple(one.amax for one in quantizer)
+    return quantizer.amax
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what ModelOpt prints once a call: it is called once a layer."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,97 +1,146 @@
-"""A recipe: format, algorithm and layers, and the ModelOpt configuration they amount to."""
+"""A recipe: format, algorithm and its options, layers; and what that means for each layer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+import torch
+
 from ..formats import FORMATS, get
+from ..formats.checkpoint import shapes_the_model
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV
 
-MAX = "max"
-SMOOTHQUANT = "smoothquant"
+MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
+AWQ_LITE, AWQ_FULL, SVDQUANT = "awq_lite", "awq_full", "svdquant"
 # format -> its algorithms, the default first: for int8 the one whose `linear only` files stock
 # ComfyUI opens, although smoothquant measures better
-ALGORITHMS = {"fp8": (MAX,), "int8": (MAX, SMOOTHQUANT)}
-DEFAULT_ALPHA = 0.5
+ALGORITHMS = {
+    "fp8": (MAX, MSE),
+    "int8": (MAX, SMOOTHQUANT, PERCENTILE, MSE),
+    "mxfp8": (MAX,),
+    "nvfp4": (MAX, AWQ_LITE, SVDQUANT),
+    "int4": (AWQ_LITE, AWQ_FULL, SVDQUANT, MSE, MAX),
+    "w4a8": (AWQ_LITE, AWQ_FULL, MAX),
+    "fp8_e5m2": (MAX,),
+}
+# algorithms that search a smoothing scale for each Linear in ModelOpt's AWQ
+AWQ = (AWQ_LITE, AWQ_FULL, SVDQUANT)
+# algorithm -> its own options
+OPTIONS = {SMOOTHQUANT: ("alpha", "convolutions"), PERCENTILE: ("percentile",), SVDQUANT: ("rank",)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """format: a name of FORMATS; algorithm: one of ALGORITHMS[format]; alpha: SmoothQuant's, 0 to 1;
-    layers: a mode of quantize.layers; skip: patterns of layer names."""
+    """format: a name of FORMATS; algorithm: one of ALGORITHMS[format], "" for the default one.
+
+    alpha: SmoothQuant's, 0 to 1; convolutions: how their activations are calibrated beside it, MAX
+    or PERCENTILE; percentile: share of the steps that convolutions' activation
+    scales are taken from, above 0 to 1; rank: SVDQuant's; layers: a mode of quantize.layers; skip:
+    patterns of layer names.
+    """
 
     format: str
-    algorithm: str = MAX
-    alpha: float = DEFAULT_ALPHA
+    algorithm: str = ""
+    alpha: float = 0.5
+    convolutions: str = MAX
+    percentile: float = 1.0
+    rank: int = 32
     layers: str = LINEAR_AND_CONV
     skip: tuple[str, ...] = DEFAULT_SKIP
 
     def __post_init__(self) -> None:
         get(self.format)
-        if self.algorithm not in ALGORITHMS[self.format]:
+        known = ALGORITHMS[self.format]
+        if not self.algorithm:
+            object.__setattr__(self, "algorithm", known[0])
+        if self.algorithm not in known:
             raise ValueError(
-                f"algorithm of {self.format} must be one of "
-                f"{', '.join(ALGORITHMS[self.format])}, got {self.algorithm!r}"
+                f"algorithm of {self.format} must be one of {', '.join(known)}, "
+                f"got {self.algorithm!r}: choose one of them or another format"
             )
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha must be from 0 to 1, got {self.alpha}")
-
-    def needs_calibration(self, kinds: set[str]) -> bool:
-        """Whether layers of these kinds need recorded activations under this recipe."""
-        return self.algorithm == SMOOTHQUANT or any(
-            FORMATS[self.format].needs_input_scale(kind) for kind in kinds
-        )
+        if self.convolutions not in (MAX, PERCENTILE):
+            raise ValueError(
+                f"convolutions must be {MAX} or {PERCENTILE}, got {self.convolutions!r}: correct it"
+            )
+        for name, low, high in (("alpha", 0, 1), ("percentile", 0.01, 1), ("rank", 1, 256)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {value}: correct it")
 
     def describe(self) -> dict:
         """JSON-able, for the file header; only what applies."""
         facts = asdict(self)
         facts["skip"] = list(self.skip)
-        if self.algorithm != SMOOTHQUANT:
-            del facts["alpha"]
+        for name in ("alpha", "convolutions", "percentile", "rank"):
+            if name not in OPTIONS.get(self.algorithm, ()):
+                del facts[name]
         return facts
 
-    def smooths(self, kind: str) -> bool:
-        """Whether layers of this kind get a smoothing scale (SmoothQuant is for Linears)."""
-        return self.algorithm == SMOOTHQUANT and kind == "linear"
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is done to one layer. algorithm: MAX where the recipe's does not apply to it."""
+
+    kind: str
+    format: str
+    algorithm: str
+
+    @property
+    def smooths(self) -> bool:
+        """Whether the layer gets a smoothing scale."""
+        return self.algorithm == SMOOTHQUANT or self.algorithm in AWQ
+
+    @property
+    def static(self) -> bool:
+        """Whether the layer's activations have a calibrated scale."""
+        return FORMATS[self.format].needs_input_scale(self.kind)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the layer cannot be quantized without recorded activations."""
+        return self.static or self.smooths
 
 
-WEIGHTS = {"int8": {"num_bits": 8, "axis": 0}, "fp8": {"num_bits": (4, 3), "axis": None}}
-STATIC = {"int8": {"num_bits": 8, "axis": None}, "fp8": {"num_bits": (4, 3), "axis": None}}
-# one scale a token, taken from the token itself while the model runs
-PER_TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
-# the largest magnitude of each input channel, which SmoothQuant balances against the weight's
-PER_CHANNEL = {"num_bits": 8, "axis": -1}
+def plan(
+    unet: torch.nn.Module, recipe: Recipe, layers: Mapping[str, str]
+) -> tuple[dict[str, LayerPlan], list[str]]:
+    """Layer name -> its plan, and sentences on layers that get another format than the recipe's.
 
-
-def input_config(recipe: Recipe, kind: str) -> dict:
-    """ModelOpt's attributes of the input quantizer while a layer of this kind is calibrated."""
-    if recipe.smooths(kind):
-        return PER_CHANNEL
-    if FORMATS[recipe.format].needs_input_scale(kind):
-        return STATIC[recipe.format]
-    return PER_TOKEN
-
-
-def modelopt_config(recipe: Recipe, layers: dict[str, str], everything: list[str]) -> dict:
-    """The `config` of `mtq.quantize` (list form of quant_cfg, ModelOpt 0.44 on).
-
-    layers: name -> kind of those to quantize; everything: names of all modules ModelOpt converts.
-    ModelOpt's presets are not used as they stand: they disable `*proj_out.*` (a language model's
-    head), which in ComfyUI's names is the last layer of every SpatialTransformer.
+    Raises ValueError for a Linear whose shape does not fit the format.
     """
-    entries: list[dict] = [{"quantizer_name": "*", "enable": False}]
-    linear = input_config(recipe, "linear")
-    entries += [
-        {"quantizer_name": "*weight_quantizer", "cfg": WEIGHTS[recipe.format]},
-        {"quantizer_name": "*input_quantizer", "cfg": linear},
-    ]
+    plans, moved = {}, {}
     for name, kind in layers.items():
-        config = input_config(recipe, kind)
-        if config != linear:
-            entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": config})
-    entries += [
-        {"quantizer_name": f"{name}.*", "enable": False}
-        for name in everything
-        if name not in layers
+        form, algorithm = recipe.format, _algorithm(recipe, kind)
+        reason = _why_second(name, kind, unet.get_submodule(name).weight, recipe)
+        if reason is not None:
+            form, algorithm = FORMATS[recipe.format].SECOND, MAX
+            moved.setdefault((form, reason), []).append(name)
+        plans[name] = LayerPlan(kind, form, algorithm)
+    notes = [
+        f"{len(names)} layers in {form} instead of {recipe.format}, because {reason}: "
+        + ", ".join(names)
+        for (form, reason), names in moved.items()
     ]
-    return {"quant_cfg": entries, "algorithm": "max"}
+    return plans, notes
+
+
+def _algorithm(recipe: Recipe, kind: str) -> str:
+    if kind == "conv2d" and recipe.algorithm == SMOOTHQUANT:
+        return recipe.convolutions
+    if kind == "conv2d":
+        return recipe.algorithm if recipe.algorithm in (MSE, PERCENTILE) else MAX
+    return MAX if recipe.algorithm == PERCENTILE else recipe.algorithm
+
+
+def _why_second(name: str, kind: str, weight: torch.Tensor, recipe: Recipe) -> str | None:
+    """Why a layer gets the format's second one, or None. Raises where it must not."""
+    module = FORMATS[recipe.format]
+    reason = module.why_not(tuple(weight.shape))
+    if reason is not None and kind == "linear":
+        raise ValueError(f"{reason} in {name}: skip that layer or use {module.SECOND}")
+    if reason is not None:
+        return reason
+    if module.SECOND is not None and shapes_the_model(name, recipe.format):
+        return "ComfyUI reads the architecture from their width"
+    return None

@@ -87,3 +87,13 @@ def calibration(sd15, conditionings):
         max_records=8,
     )
     return made
+
+
+@pytest.fixture(scope="session")
+def quantized(sd15, calibration):
+    """Recipe -> what the engine makes of the synthetic SD1.5 model, each made once. Read-only."""
+    import functools
+
+    from comfyui_modelopt.quantize import engine
+
+    return functools.cache(lambda recipe: engine.quantize_model(sd15[0], recipe, calibration))

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from . import capability
+
+OPTIONS = ("alpha", "convolutions", "percentile", "rank")
+KINDS = {"linear": "Linear", "conv2d": "convolution"}
+
 
 def megabytes(count: float) -> str:
     """Bytes as text in MB (10^6), or GB from 1 GB on."""
@@ -13,19 +18,21 @@ def megabytes(count: float) -> str:
 
 def layer_lines(layers: Mapping[str, object]) -> list[str]:
     """How many layers of which format and kind."""
-    counts = Counter((layer.format, layer.kind, layer.smoothed) for layer in layers.values())
-    names = {"linear": "Linear", "conv2d": "convolution"}
+    counts = Counter((x.format, x.kind, x.smoothed, x.rank) for x in layers.values())
     return [
-        f"{count} {names[kind]} layers in {form}" + (" with smoothing" if smoothed else "")
-        for (form, kind, smoothed), count in sorted(counts.items())
+        f"{count} {KINDS[kind]} layers in {form}"
+        + (" with smoothing" if smoothed else "")
+        + (f" and a branch of rank {rank}" if rank else "")
+        for (form, kind, smoothed, rank), count in sorted(counts.items())
     ]
 
 
 def recipe_line(recipe: Mapping[str, object]) -> str:
     """Format, algorithm and layers of a recipe in one line."""
     algorithm = str(recipe.get("algorithm", "?"))
-    if "alpha" in recipe:
-        algorithm += f" (alpha {recipe['alpha']})"
+    options = [f"{name} {recipe[name]}" for name in OPTIONS if name in recipe]
+    if options:
+        algorithm += f" ({', '.join(options)})"
     return f"{recipe.get('format', '?')}, {algorithm}, {recipe.get('layers', '?')}"
 
 
@@ -114,3 +121,29 @@ def model_report(
     if header.get("baked_patches"):
         lines.append(f"{header['baked_patches']} weights carry baked-in patches (LoRA)")
     return "\n".join(lines)
+
+
+def capability_report(gpu: capability.GPU) -> str:
+    """What this machine does with each format, what to pick, and what other cards do."""
+    machine = f"This machine: {gpu.name}"
+    if gpu.capability is not None:
+        machine += (
+            f", compute capability {dotted(gpu.capability)}: {capability.cards(gpu.capability)}; "
+            f"torch {dotted(gpu.torch)} built for CUDA {dotted(gpu.cuda) or 'none'}"
+        )
+    lines = [machine]
+    for name, kind, found in capability.table(gpu):
+        why = f": {found.why}" if found.why else ""
+        lines.append(f"{name} {KINDS[kind]}: {found.level}{why}")
+    for goal, (name, reason) in capability.recommend(gpu).items():
+        lines.append(f"For the {goal}: {name} ({reason})")
+    lines.append("Formats that Linear layers run in natively, by card:")
+    for needed, cards in capability.CARDS.items():
+        native = [n for n, c in capability.NEEDS.items() if c is not None and needed >= c]
+        lines.append(f"{dotted(needed)} {cards}: {', '.join(native)}")
+    return "\n".join(lines)
+
+
+def dotted(version: tuple[int, ...] | None) -> str:
+    """(8, 9) as 8.9, nothing as ""."""
+    return ".".join(str(part) for part in version or ())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import comfy.lora
@@ -183,6 +184,27 @@ def run_loaded(model, records: Sequence, step: Callable[[], None]) -> list[torch
     comfy.model_management.load_models_gpu([model])
     unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
     return outputs(unet, records, model.load_device, dtype, step)
+
+
+@contextlib.contextmanager
+def memory_explained(model) -> Iterator[None]:
+    """Says on running out of device memory how much is needed, and what lowers it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not comfy.model_management.is_oom(error):
+            raise
+        device = model.load_device
+        size = comfy.model_management.module_size(model.model.diffusion_model)
+        reserve = comfy.model_management.minimum_inference_memory()
+        free = comfy.model_management.get_free_memory(device)
+        # of the kind that ComfyUI answers by unloading all models
+        raise comfy.model_management.OOM_EXCEPTION(
+            f"quantizing needs the UNet ({size / 1e9:.1f} GB) and one UNet call of the recording "
+            f"({reserve / 1e9:.1f} GB or more) in memory, {device} has {free / 1e9:.1f} GB free and "
+            "ran out: record a smaller width, height or batch size, close other programs, or start "
+            "ComfyUI with --lowvram or --cpu; nothing was changed"
+        ) from error
 
 
 def release_memory() -> None:

@@ -24,6 +24,7 @@ NODES = {
     "ModelOptSaveUNet",
     "ModelOptLoadUNet",
     "ModelOptModelInfo",
+    "ModelOptGPUInfo",
 }
 
 

@@ -62,8 +62,11 @@ def quantize_inputs(format_name: str, layers: str, algorithm: str = "max", **mor
         "layers": layers,
         "skip": SKIP,
     }
-    if "alpha" in more:
-        inputs["format.algorithm.alpha"] = more.pop("alpha")
+    for option in ("alpha", "percentile", "rank"):
+        if option in more:
+            inputs[f"format.algorithm.{option}"] = more.pop(option)
+    if "weights" in more:
+        inputs["format.weights"] = more.pop("weights")
     return inputs | more
 
 

@@ -13,7 +13,7 @@ from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, modelopt, quality
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.layers import select
-from comfyui_modelopt.quantize.recipe import Recipe
+from comfyui_modelopt.quantize.recipe import LayerPlan, Recipe
 
 RECIPES = {
     "int8-max": Recipe("int8"),
@@ -127,7 +127,7 @@ def test_stored_values_are_those_modelopt_rounds_to(case):
         numerics = FORMATS[layer.format]
         again = numerics.quantize(fake, module.weight_quantizer.amax)["weight"]
         assert torch.equal(stored.float(), again.float()), name
-        restored = numerics.dequantize(stored, scale)
+        restored = numerics.dequantize({"weight": stored, "weight_scale": scale}, ())
         # a product with a scale against ModelOpt's quotient: two roundings each
         places = {"int8": 2, "fp8": 0}[layer.format]
         last_place = torch.nextafter(fake.abs(), torch.tensor(torch.inf)) - fake.abs()
@@ -250,8 +250,8 @@ def test_smoothquant_beats_max_where_activations_have_outliers():
         scale = None
         if smoothed:
             holder = torch.nn.ModuleDict({"layer": module})
-            recipe = Recipe("int8", "smoothquant", 0.5, skip=())
-            modelopt.calibrate(holder, recipe, {"layer": "linear"}, lambda m: m["layer"](x))
+            plan = LayerPlan("linear", "int8", "smoothquant")
+            modelopt.calibrate(holder, {"layer": plan}, lambda m: m["layer"](x))
             modelopt.smooth(module, 0.5)
             scale = module.input_quantizer.pre_quant_scale.float().reshape(-1)
         weight = module._parameters["weight"].data

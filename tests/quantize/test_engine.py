@@ -12,7 +12,7 @@ import pytest
 import torch
 from comfyui_modelopt.formats import FORMATS
 from comfyui_modelopt.loaders import unet as loader
-from comfyui_modelopt.quantize import engine
+from comfyui_modelopt.quantize import engine, pack
 from comfyui_modelopt.quantize import layers as layer_choice
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import Recipe
@@ -131,7 +131,7 @@ def test_lora_patches_are_baked_in(sd15, patched, calibration):
     name = key.removeprefix("diffusion_model.").removesuffix(".weight")
     wanted = patched.patch_weight_to_device(key, return_weight=True).float()
     got = FORMATS["int8"].dequantize(
-        baked.tensors[f"{name}.weight"], baked.tensors[f"{name}.weight_scale"]
+        {k: baked.tensors[f"{name}.{k}"] for k in ("weight", "weight_scale")}, ()
     )
     step = baked.tensors[f"{name}.weight_scale"]
     assert bool(((got - wanted).abs() <= 0.5001 * step).all())
@@ -212,9 +212,9 @@ def test_a_model_without_a_unet():
 
 
 def test_sixteen_bits():
-    assert engine.sixteen_bits(torch.tensor([1.5])).dtype == torch.float16
-    assert engine.sixteen_bits(torch.tensor([1e6])).dtype == torch.bfloat16
-    assert engine.sixteen_bits(torch.tensor([1.0]).bfloat16()).dtype == torch.bfloat16
+    assert pack.sixteen_bits(torch.tensor([1.5])).dtype == torch.float16
+    assert pack.sixteen_bits(torch.tensor([1e6])).dtype == torch.bfloat16
+    assert pack.sixteen_bits(torch.tensor([1.0]).bfloat16()).dtype == torch.bfloat16
 
 
 def test_patterns_text():

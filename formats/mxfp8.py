@@ -1,0 +1,78 @@
+"""MXFP8: E4M3 in blocks of 32 along the input, one power of two (E8M0) a block.
+
+Exponents and rounding are ModelOpt's MXFP8QTensor's. What is stored is stock ComfyUI's arrangement:
+rows padded to 32 and the exponents, biased by 127, in cuBLAS' tiles of 128 x 4
+(https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from comfy_kitchen.float_utils import from_blocked, to_blocked
+
+from . import blocks
+
+NAME = "mxfp8"
+TITLE = "MXFP8, E4M3 in blocks of 32 with powers of two as scales"
+COMFY_FORMAT = "mxfp8"
+STOCK = True
+STORAGE = torch.float8_e4m3fn
+BITS = 8
+BLOCK = 32
+SCALES = ("weight_scale",)
+SECOND = "int8"
+ACTIVATIONS = True
+QMAX = 448.0
+BIAS = 127
+
+
+def needs_input_scale(kind: str) -> bool:
+    """Never: every block of activations has its own scale, taken while the model runs."""
+    return False
+
+
+def why_not(shape: tuple[int, ...]) -> str | None:
+    """Why a weight of this shape cannot be stored, or None."""
+    return blocks.no_divisor(NAME, BLOCK, shape)
+
+
+def stored(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
+    """Name -> shape and allowed dtypes of the tensors of a weight of this shape."""
+    n, k = blocks.flat_shape(shape)
+    rows = blocks.roundup(n, 32)
+    tiles = (blocks.roundup(rows, 128), blocks.roundup(k // BLOCK, 4))
+    return {
+        "weight": ((rows, k), (torch.float8_e4m3fn,)),
+        "weight_scale": (tiles, (torch.uint8,)),
+    }
+
+
+def weight_amax(weight: torch.Tensor) -> None:
+    """Nothing: the scales follow from the weight alone."""
+    return None
+
+
+def quantize(weight: torch.Tensor, amax: None = None) -> dict[str, torch.Tensor]:
+    """[N, ...] float -> float8_e4m3fn `weight` [rows, K], uint8 `weight_scale` in cuBLAS' tiles."""
+    flat = blocks.flatten(weight).float()
+    in_blocks = flat.reshape(len(flat), -1, BLOCK)
+    needed = in_blocks.abs().amax(dim=-1) / QMAX
+    exponent = torch.where(needed > 0, torch.log2(needed).ceil(), -float(BIAS))
+    exponent = exponent.clamp_(-BIAS, BIAS)
+    values = (in_blocks * torch.exp2(-exponent).unsqueeze(-1)).clamp_(-QMAX, QMAX)
+    scale = blocks.padded((exponent + BIAS).to(torch.uint8), 32, 1)
+    return {
+        "weight": blocks.padded(values.reshape(flat.shape), 32, 1).to(torch.float8_e4m3fn),
+        "weight_scale": to_blocked(scale, flatten=False),
+    }
+
+
+def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """What `quantize` gave -> float32 weight of `shape`, exactly ModelOpt's dequantized one."""
+    n, k = blocks.flat_shape(shape)
+    tiles = stored["weight_scale"].view(torch.uint8)
+    exponent = from_blocked(tiles, blocks.roundup(n, 32), k // BLOCK)[:n].float() - BIAS
+    values = stored["weight"][:n].float().reshape(n, -1, BLOCK) * torch.exp2(exponent).unsqueeze(-1)
+    return blocks.unflatten(values.reshape(n, k), shape)

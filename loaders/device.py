@@ -1,0 +1,36 @@
+"""The facts of the device ComfyUI computes on, for utils/capability.py."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy_kitchen
+import torch
+
+from ..utils.capability import GPU
+
+
+def describe(device: torch.device) -> GPU:
+    """What this device and its software can do."""
+    torch_version = _version(torch.__version__)
+    if device.type != "cuda" or torch.version.hip:
+        name = "AMD GPU" if torch.version.hip else {"cpu": "the CPU"}.get(device.type, device.type)
+        return GPU(device.type, name, torch=torch_version)
+    backends = comfy_kitchen.list_backends()
+    return GPU(
+        "cuda",
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_capability(device),
+        _version(torch.version.cuda),
+        frozenset(n for n, b in backends.items() if b["available"] and not b["disabled"]),
+        torch_version,
+    )
+
+
+def current() -> GPU:
+    """The device ComfyUI computes on."""
+    return describe(comfy.model_management.get_torch_device())
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int("".join(c for c in minor if c.isdigit()))

@@ -1,0 +1,243 @@
+"""Every format and algorithm on a whole UNet: what is stored, where it runs, which is better."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import pytest
+import torch
+from comfyui_modelopt.formats import FORMATS, blocks
+from comfyui_modelopt.formats.checkpoint import shapes_the_model
+from comfyui_modelopt.loaders import dispatch
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.quantize import engine, quality
+from comfyui_modelopt.quantize.bridge import unet as bridge
+from comfyui_modelopt.quantize.layers import select
+from comfyui_modelopt.quantize.recipe import ALGORITHMS, Recipe, plan
+
+LINEAR = "linear only"
+# awq_full and svdquant take long on a CPU: awq_full has a test on one layer, svdquant a smaller rank
+RECIPES = [
+    Recipe(form, algorithm, rank=4, layers=layers)
+    for form, algorithms in ALGORITHMS.items()
+    for algorithm in algorithms
+    for layers in ("linear + conv", LINEAR)
+    if algorithm != "awq_full" and not (algorithm in ("awq_lite", "svdquant") and layers == LINEAR)
+]
+IDS = [f"{r.format}-{r.algorithm}-{r.layers.split()[-1]}" for r in RECIPES]
+
+
+def sqnr(made, arithmetic=dispatch.INTEGER) -> float:
+    with torch.no_grad():
+        model = loader.load(made.checkpoint, arithmetic=arithmetic)
+        outputs = bridge.run_loaded(model, made.records, lambda: None)
+    return quality.summary(made.references, outputs)["sqnr_db"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
+def test_every_layer_is_in_its_format(quantized, recipe):
+    made = quantized(recipe)
+    for name, layer in made.checkpoint.layers.items():
+        second = shapes_the_model(name, recipe.format) and FORMATS[recipe.format].SECOND
+        assert layer.format == (second or recipe.format), name
+        if layer.format != recipe.format:
+            assert any(name in note and layer.format in note for note in made.notes)
+        linear = layer.kind == "linear" and layer.format == recipe.format
+        smooths = recipe.algorithm in ("smoothquant", "awq_lite", "svdquant")
+        assert layer.smoothed == (linear and smooths), name
+        assert layer.rank == (4 if linear and recipe.algorithm == "svdquant" else 0), name
+    assert made.checkpoint.header["recipe"]["algorithm"] == recipe.algorithm
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
+def test_opens_in_stock_where_stock_computes_the_same(quantized, recipe):
+    stock = recipe.layers == LINEAR and FORMATS[recipe.format].STOCK
+    if recipe.format == "int8":
+        stock = stock and recipe.algorithm != "smoothquant"
+    assert quantized(recipe).checkpoint.opens_in_stock == stock
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
+def test_what_a_layer_says_it_does_is_what_ran(quantized, recipe, monkeypatch):
+    """Every layer that claims a kernel calls it, every other one dequantizes its weight."""
+    made = quantized(recipe)
+    model = loader.load(made.checkpoint)
+    ran, dense = set(), set()
+    unet = model.model.diffusion_model
+    for name in made.checkpoint.layers:
+        module = unet.get_submodule(name)
+
+        def quantized_run(*args, name=name, real=module._run_quantized):
+            ran.add(name)
+            return real(*args)
+
+        def dense_run(*args, name=name, real=module._run_dense):
+            dense.add(name)
+            return real(*args)
+
+        module._run_quantized, module._run_dense = quantized_run, dense_run
+    with torch.no_grad():
+        bridge.run_loaded(model, made.records[:1], lambda: None)
+    kernels = loader.kernels(model)
+    assert ran | dense == kernels.keys() == made.checkpoint.layers.keys()
+    assert dense == {name for name, kernel in kernels.items() if kernel.dequantizes}
+    for kernel in kernels.values():
+        weight_only = not FORMATS[kernel.name.split()[0]].ACTIVATIONS
+        assert (kernel.level == "weight-only") == weight_only
+        assert kernel.level == "weight-only" or kernel.why or kernel.level == "native"
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        (Recipe("int4", "mse"), Recipe("int4", "max")),
+        (Recipe("int4", "awq_lite", rank=4), Recipe("int4", "max", rank=4)),
+        (Recipe("int4", "svdquant", rank=4), Recipe("int4", "max", rank=4)),
+        (Recipe("w4a8", "awq_lite", rank=4), Recipe("w4a8", "max", rank=4)),
+        (Recipe("nvfp4", "svdquant", rank=4), Recipe("nvfp4", "max", rank=4)),
+        (Recipe("int8", "smoothquant", layers=LINEAR), Recipe("int8", "max", layers=LINEAR)),
+        (Recipe("int8", "percentile"), Recipe("int8", "max")),
+    ],
+    ids=lambda r: f"{r.format}-{r.algorithm}",
+)
+def test_orderings(quantized, better, worse):
+    assert sqnr(quantized(better)) > sqnr(quantized(worse))
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
+def test_mse_never_rounds_worse_than_max(quantized, sd15, form):
+    """Squared error of the weights, layer by layer."""
+    unet = sd15[0].model.diffusion_model
+    for name in quantized(Recipe(form, "max")).checkpoint.layers:
+        weight = unet.get_submodule(name).weight.float()
+        errors = {}
+        for algorithm in ("max", "mse"):
+            checkpoint = quantized(Recipe(form, algorithm)).checkpoint
+            stored = {
+                key: checkpoint.tensors[f"{name}.{key}"]
+                for key in ("weight", *FORMATS[form].SCALES)
+            }
+            restored = FORMATS[form].dequantize(stored, tuple(weight.shape))
+            errors[algorithm] = (restored - weight).square().sum().item()
+        assert errors["mse"] <= errors["max"] * 1.0001, name
+
+
+def test_awq_full_clips(sd15, calibration):
+    """One layer, the rest skipped: blocks are clipped, and the result is no worse than awq_lite's."""
+    keep = "output_blocks.0.1.transformer_blocks.0.attn1.to_out.0"
+    others = tuple(
+        name for name in select(sd15[0].model.diffusion_model, LINEAR, []) if name != keep
+    )
+    made = {
+        algorithm: engine.quantize_model(
+            sd15[0], Recipe("int4", algorithm, layers=LINEAR, skip=others), calibration
+        )
+        for algorithm in ("awq_lite", "awq_full")
+    }
+    amax = {a: m.checkpoint.tensors[f"{keep}.weight_amax"].float() for a, m in made.items()}
+    assert list(made["awq_full"].checkpoint.layers) == [keep]
+    assert bool((amax["awq_full"] <= amax["awq_lite"] * 1.001).all())
+    assert bool((amax["awq_full"] < amax["awq_lite"] * 0.99).any())
+    assert sqnr(made["awq_full"]) > sqnr(made["awq_lite"]) - 0.5
+
+
+def test_awq_stores_what_modelopt_folds(sd15, calibration, quantized):
+    """ModelOpt's plain INT4 AWQ, folding into weights of its own, against ours that keeps them."""
+    import modelopt.torch.quantization as mtq
+    from comfyui_modelopt.quantize import modelopt
+
+    recipe = Recipe("int4", "awq_lite", rank=4)
+    ours = quantized(recipe).checkpoint
+    unet = bridge.copy_unet(sd15[0])
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.clone()
+    linears = [name for name, layer in ours.layers.items() if layer.kind == "linear"]
+    modelopt.register(unet, linears)
+    config = [{"quantizer_name": "*", "enable": False}]
+    config += [
+        {
+            "quantizer_name": f"{name}.weight_quantizer",
+            "cfg": {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}},
+        }
+        for name in linears
+    ]
+
+    def replay(twin):
+        for record in calibration:
+            args, kwargs = record.arguments()
+            twin(*args, **kwargs)
+
+    with torch.no_grad():
+        mtq.quantize(unet, {"quant_cfg": config, "algorithm": "awq_lite"}, replay)
+        for name in linears:
+            module = unet.get_submodule(name)
+            stored = {k: ours.tensors[f"{name}.{k}"] for k in ("weight", "weight_amax")}
+            restored = FORMATS["int4"].dequantize(stored, tuple(module.weight.shape))
+            theirs = module.weight_quantizer(module.weight.float())
+            # on a CPU ComfyUI computes in 32 bits: the integers are ModelOpt's, block maxima are
+            # kept in 16 bits
+            assert torch.equal(restored.sign(), theirs.sign()), name
+            assert bool(((restored - theirs).abs() <= 2.0**-10 * theirs.abs()).all()), name
+            scale = module.input_quantizer.pre_quant_scale.float().reshape(-1)
+            assert torch.equal(ours.tensors[f"{name}.pre_quant_scale"].float(), scale), name
+
+
+def test_convolutions_are_rounded_in_blocks_of_input_channels(quantized, sd15):
+    made = quantized(Recipe("int4", "max"))
+    unet = sd15[0].model.diffusion_model
+    name = next(n for n, layer in made.checkpoint.layers.items() if layer.kind == "conv2d")
+    weight = unet.get_submodule(name).weight
+    flat = blocks.flatten(weight).float()
+    amax = made.checkpoint.tensors[f"{name}.weight_amax"].float()
+    assert torch.equal(amax[:, 0], flat[:, :128].abs().amax(dim=1))
+
+
+def test_a_linear_that_does_not_fit_is_named():
+    unet = torch.nn.ModuleDict({"proj_in": torch.nn.Linear(250, 64)})
+    with pytest.raises(ValueError) as caught:
+        plan(unet, Recipe("nvfp4"), {"proj_in": "linear"})
+    expected = "nvfp4 needs in_features divisible by 16, got 250 in proj_in: skip that layer or use"
+    assert expected in str(caught.value)
+
+
+def test_a_convolution_that_does_not_fit_gets_the_second_format():
+    unet = torch.nn.ModuleDict({"a": torch.nn.Conv2d(40, 8, 3), "b": torch.nn.Conv2d(32, 8, 3)})
+    plans, notes = plan(unet, Recipe("nvfp4"), {"a": "conv2d", "b": "conv2d"})
+    assert (plans["a"].format, plans["b"].format) == ("int8", "nvfp4")
+    assert notes == [
+        "1 layers in int8 instead of nvfp4, because nvfp4 needs input channels divisible by 16, "
+        "got 40: a"
+    ]
+
+
+def test_an_option_out_of_range_is_named():
+    with pytest.raises(ValueError, match="rank must be from 1 to 256, got 0"):
+        Recipe("int4", "svdquant", rank=0)
+    with pytest.raises(
+        ValueError, match="algorithm of mxfp8 must be one of max, got 'smoothquant'"
+    ):
+        Recipe("mxfp8", "smoothquant")
+
+
+def test_dead_activations_are_named(sd15, calibration):
+    name = "middle_block.0.in_layers.2"
+    model = sd15[0].clone()
+    norm = "diffusion_model.middle_block.0.in_layers.0"
+    for part in ("weight", "bias"):  # the layer's input becomes SiLU(0) = 0
+        model.add_patches({f"{norm}.{part}": ("set", (torch.zeros(part_size(sd15, norm, part)),))})
+    with pytest.raises(ValueError, match=f"must not all be zero, they are in {name}: .*skip"):
+        engine.quantize_model(model, Recipe("int8"), calibration)
+
+
+def part_size(sd15, norm: str, part: str):
+    return comfy.utils.get_attr(sd15[0].model, f"{norm}.{part}").shape
+
+
+def test_out_of_memory_says_what_lowers_it(sd15, calibration, monkeypatch, quantized):
+    def fail(*_args, **_kwargs):
+        raise comfy.model_management.OOM_EXCEPTION("CUDA out of memory. Tried to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FORMATS["int8"], "quantize", fail)
+        with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="GB free.*--lowvram"):
+            engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+    assert quantized(Recipe("int8")).checkpoint.layers  # the session goes on

@@ -1,0 +1,135 @@
+"""Which formats a GPU computes natively, which run emulated, which not at all, and why, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NATIVE, EMULATED, REFUSED = "native", "emulated", "refused"
+
+# compute capability (NVIDIA, https://developer.nvidia.com/cuda-gpus) -> cards people own
+CARDS = {
+    (7, 5): "GeForce RTX 20, GTX 16, Quadro RTX, T4 (Turing)",
+    (8, 0): "A100, A30 (Ampere, data centre)",
+    (8, 6): "GeForce RTX 30, RTX A2000 to A6000, A10, A40 (Ampere)",
+    (8, 9): "GeForce RTX 40, RTX Ada, L4, L40 (Ada)",
+    (9, 0): "H100, H200, GH200 (Hopper)",
+    (10, 0): "B100, B200, GB200 (Blackwell, data centre)",
+    (12, 0): "GeForce RTX 50, RTX PRO Blackwell (Blackwell)",
+}
+# format -> first compute capability with tensor cores for it; None: none is needed
+NEEDS = {
+    "int8": (7, 5),
+    "fp8": (8, 9),
+    "mxfp8": (10, 0),
+    "nvfp4": (10, 0),
+    "int4": None,
+    "w4a8": (8, 9),
+    "fp8_e5m2": None,
+}
+FLOAT8 = ("fp8", "fp8_e5m2", "mxfp8", "nvfp4", "w4a8")
+# convolutions have no low-precision kernel yet
+CONV_KERNELS: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What decides. capability: None where it is not an NVIDIA GPU. cuda: of the torch build.
+
+    backends: comfy-kitchen's that are enabled. torch: its version.
+    """
+
+    device: str
+    name: str
+    capability: tuple[int, int] | None = None
+    cuda: tuple[int, int] | None = None
+    backends: frozenset[str] = frozenset()
+    torch: tuple[int, int] = (2, 11)
+
+
+@dataclass(frozen=True)
+class Support:
+    """level: NATIVE, EMULATED or REFUSED. why: the reason, "" for a plain native."""
+
+    level: str
+    why: str = ""
+
+
+def support(name: str, kind: str, gpu: GPU) -> Support:
+    """How a layer of this format and kind ("linear" or "conv2d") runs on that GPU."""
+    if gpu.device == "mps" and name in FLOAT8:
+        return Support(REFUSED, f"{name} needs float8 numbers, Apple's GPUs have none in torch")
+    if name == "mxfp8" and gpu.torch < (2, 7):
+        return Support(REFUSED, f"mxfp8 needs torch 2.7, found {_dotted(gpu.torch)}")
+    needed = NEEDS[name]
+    if needed is None:
+        return Support(NATIVE, f"{name} saves memory; it is computed in 16 bits on every device")
+    if gpu.capability is None:
+        return Support(EMULATED, f"no low-precision units on {gpu.name}")
+    if gpu.capability < needed:
+        return Support(
+            EMULATED,
+            f"{name} needs compute capability {_dotted(needed)}, {gpu.name} has "
+            f"{_dotted(gpu.capability)}",
+        )
+    if kind == "conv2d" and name not in CONV_KERNELS:
+        return Support(EMULATED, f"there is no {name} convolution kernel yet")
+    return _software(name, gpu)
+
+
+def _software(name: str, gpu: GPU) -> Support:
+    """The same for a GPU that has the units: whether torch and comfy-kitchen reach them."""
+    if name == "mxfp8" and gpu.torch < (2, 10):
+        return Support(EMULATED, f"mxfp8 kernels need torch 2.10, found {_dotted(gpu.torch)}")
+    if name in ("mxfp8", "nvfp4") and (gpu.cuda is None or gpu.cuda < (12, 8)):
+        return Support(
+            EMULATED, f"{name} kernels need CUDA 12.8 in torch, found {_dotted(gpu.cuda)}"
+        )
+    if name == "int8" and "cuda" not in gpu.backends:
+        return Support(
+            NATIVE,
+            "slow, comfy-kitchen's CUDA kernels are off: ComfyUI enables them with a CUDA 13 build "
+            f"of torch only, this one is built for CUDA {_dotted(gpu.cuda)}",
+        )
+    return Support(NATIVE)
+
+
+def recommend(gpu: GPU) -> dict[str, tuple[str, str]]:
+    """Goal ("smallest file", "fastest picture", "best picture") -> format and why, in words."""
+
+    def native(name: str) -> bool:
+        return support(name, "linear", gpu).level == NATIVE
+
+    def allowed(name: str) -> bool:
+        return support(name, "linear", gpu).level != REFUSED
+
+    if native("nvfp4"):
+        fastest = ("nvfp4", "4-bit tensor cores")
+    elif native("fp8"):
+        fastest = ("fp8", "8-bit floating-point tensor cores")
+    elif native("int8"):
+        fastest = ("int8", "8-bit integer tensor cores")
+    else:
+        fastest = ("int8", "no low-precision units here: nothing gets faster, memory gets smaller")
+    smallest = ("nvfp4" if native("nvfp4") else "int4", "4 bits a weight")
+    best = ("int8", "smoothquant with linear only measured nearest to 16 bits")
+    picks = {"smallest file": smallest, "fastest picture": fastest, "best picture": best}
+    return {goal: pick for goal, pick in picks.items() if allowed(pick[0])}
+
+
+def table(gpu: GPU) -> list[tuple[str, str, Support]]:
+    """(format, kind, support) for every format and kind."""
+    return [
+        (name, kind, support(name, kind, gpu)) for name in NEEDS for kind in ("linear", "conv2d")
+    ]
+
+
+def cards(capability: tuple[int, int] | None) -> str:
+    """Cards of a compute capability; the nearest lower one where it is not listed."""
+    if capability is None:
+        return ""
+    known = [c for c in CARDS if c <= capability]
+    return CARDS[max(known)] if known else "older than RTX 20"
+
+
+def _dotted(version: tuple[int, ...] | None) -> str:
+    return ".".join(str(part) for part in version) if version else "none"
