@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -23,6 +24,11 @@ VARIANTS = (
     ("int8", "max", "linear + conv"),
     ("int8", "smoothquant", "linear + conv"),
     ("fp8", "max", "linear + conv"),
+    ("mxfp8", "max", "linear + conv"),
+    ("nvfp4", "max", "linear + conv"),
+    ("nvfp4", "max", "linear only"),
+    ("int4", "max", "linear + conv"),
+    ("w4a8", "max", "linear + conv"),
 )
 
 
@@ -94,7 +100,29 @@ def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> d
         "extra_rss": memory.peak - memory.start,
         "seconds": seconds,
         "layers": len(made.checkpoint.layers),
+        "bits": bits_by_format(made.checkpoint),
     }
+
+
+def bits_by_format(checkpoint) -> dict[str, float]:
+    """Format -> bits a weight of its layers, all scales included."""
+    stored: dict[str, int] = {}
+    weights: dict[str, int] = {}
+    for name, layer in checkpoint.layers.items():
+        tensors = {key: checkpoint.tensors[f"{name}.{key}"] for key in ("weight", *layer.scales)}
+        count = math.prod(layer.shape or tensors["weight"].shape)
+        bits = sum(8 * tensor.nbytes for tensor in tensors.values())
+        stored[layer.format] = stored.get(layer.format, 0) + bits
+        weights[layer.format] = weights.get(layer.format, 0) + count
+    return {name: stored[name] / weights[name] for name in stored}
+
+
+def cpu_name() -> str:
+    """The processor, as the system names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def stage_load(target: str) -> dict:
@@ -148,14 +176,16 @@ def measure(family: str, folder: Path) -> list[dict]:
 
 
 HEAD = (
-    "| model | recipe | 16-bit file | 8-bit file | ratio | extra memory to quantize / 16-bit file "
-    "| memory to load / 8-bit file | quantize s | load s |\n|---|---|---|---|---|---|---|---|---|"
+    "| model | recipe | bits a weight | 16-bit file | quantized file | ratio "
+    "| extra memory to quantize / 16-bit file | memory to load / file | quantize s | load s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def _line(row: dict) -> str:
+    bits = ", ".join(f"{name} {value:.3f}" for name, value in row["bits"].items())
     return (
-        f"| {row['family']} | {row['variant']} | {row['bytes_before'] / 1e9:.3f} GB "
+        f"| {row['family']} | {row['variant']} | {bits} | {row['bytes_before'] / 1e9:.3f} GB "
         f"| {row['bytes_after'] / 1e9:.3f} GB | {row['ratio']:.3f} "
         f"| {row['extra_over_16bit']:.2f} | {row['load_over_file']:.2f} "
         f"| {row['seconds']:.0f} | {row['load_seconds']:.1f} |"
@@ -186,7 +216,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for family in args.family for row in measure(family, Path(folder))]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    machine = f"{platform.machine()}, {platform.system()}, CPU only"
+    machine = f"{cpu_name()}, {platform.system()}, CPU only"
     name = "file_size_" + "_".join(args.family)
     text = json.dumps({"machine": machine, "rows": rows}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")

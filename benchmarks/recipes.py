@@ -57,11 +57,12 @@ def recipes(slow: bool) -> list:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
+    from comfyui_modelopt.benchmarks.file_size import cpu_name
     from comfyui_modelopt.quantize.engine import versions
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "system": platform.system(),
@@ -69,13 +70,6 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda if gpu else None,
         **versions(),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def record(model, clip, prompts, seed: int, args: argparse.Namespace, max_records: int):

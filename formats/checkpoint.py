@@ -33,7 +33,8 @@ class Layer:
 
     shape: of the original weight, where the stored one is packed or padded. rank: of the low-rank
     branch `svd_up` [out, rank] @ `svd_down` [rank, in] that SVDQuant took out of the weight, 0 for
-    none. input_amax: the calibrated largest activation, where the layer has an `input_scale`;
+    none. dynamic: a Linear's activations are scaled per token while the model runs, in a format
+    that otherwise has a calibrated scale. input_amax: the calibrated largest activation, where the layer has an `input_scale`;
     amax_exceptions: output channel -> weight amax. Both are kept because a scale alone does not
     give its amax back to the last bit, which running ModelOpt's own arithmetic needs.
     """
@@ -43,6 +44,7 @@ class Layer:
     smoothed: bool = False
     shape: tuple[int, ...] | None = None
     rank: int = 0
+    dynamic: bool = False
     input_amax: float | None = None
     amax_exceptions: dict[str, float] = field(default_factory=dict, hash=False)
 
@@ -55,17 +57,19 @@ class Layer:
     def opens_in_stock(self) -> bool:
         """Whether stock ComfyUI computes such a layer as this pack does.
 
-        It knows smoothing for NVFP4 only, and no low-rank branch.
+        It knows smoothing for NVFP4 only, no low-rank branch and no FP8 per token.
         """
         smoothing = not self.smoothed or self.format == "nvfp4"
-        return self.kind == "linear" and FORMATS[self.format].STOCK and smoothing and not self.rank
+        plain = smoothing and not self.rank and not self.dynamic
+        return self.kind == "linear" and FORMATS[self.format].STOCK and plain
 
     @property
     def scales(self) -> tuple[str, ...]:
         """Names of the tensors that stand beside `weight`."""
         module = FORMATS[self.format]
         names = list(module.SCALES)
-        if module.needs_input_scale(self.kind) or (self.format == "nvfp4" and self.input_amax):
+        static = module.needs_input_scale(self.kind) and not self.dynamic
+        if static or (self.format == "nvfp4" and self.input_amax):
             names.append("input_scale")
         if self.smoothed:
             names.append("pre_quant_scale")
@@ -143,8 +147,15 @@ def _validate_layer(name: str, layer: Layer, tensors: dict[str, torch.Tensor], w
             f"a {layer.kind} with shape {shape}",
             where,
         )
+    if layer.kind != "linear" and (layer.smoothed or layer.rank):
+        _fail(f"smoothing and branches are for linear layers, {name} must have none", "one", where)
+    if layer.dynamic and (layer.kind, layer.format) != ("linear", "fp8"):
+        _fail(f"dynamic is for fp8 linear layers, {name} must not be", "true", where)
     if reason := module.why_not(shape):
         _fail(f"weight of {name} must fit its format", reason, where)
+    channels = [int(index) for index in layer.amax_exceptions]
+    if channels and max(channels) >= shape[0]:
+        _fail(f"amax_exceptions of {name} must be below {shape[0]}", max(channels), where)
     wanted = module.stored(shape)
     if "input_scale" in layer.scales:
         wanted["input_scale"] = ((), (torch.float32,))

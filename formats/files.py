@@ -26,6 +26,13 @@ HEADER_TYPES = {
     "calibration": (dict, type(None)),
     "quality": (dict, type(None)),
     "versions": (dict, type(None)),
+    "baked_patches": (int, type(None)),
+}
+# what the reports read of them
+INNER_TYPES = {
+    "source": {"name": str, "sha256": str},
+    "calibration": {"records": int, "runs": int},
+    "quality": {"sqnr_db": (int, float), "worst_sqnr_db": (int, float), "records": int},
 }
 COMFY_HEADER = "_quantization_metadata"
 
@@ -127,6 +134,14 @@ def _header(metadata: dict[str, str] | None, where: str) -> dict:
                 f"{name} of the header has the wrong form, found {header.get(name)!r} in {where}: "
                 f"{REMEDY}"
             )
+    for name, inner in INNER_TYPES.items():
+        part = header.get(name) if isinstance(header, dict) else None
+        for key, kinds in inner.items() if part else ():
+            if not isinstance(part.get(key), kinds):
+                raise ValueError(
+                    f"{key} in {name} of the header has the wrong form, found {part.get(key)!r} in "
+                    f"{where}: {REMEDY}"
+                )
     version = header.get("format_version") if isinstance(header, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(
@@ -160,6 +175,9 @@ def _layer(name: str, entry, where: str) -> Layer:
         _fail_entry("shape", "a list of sizes", name, shape, where)
     if type(rank) is not int or rank < 0:
         _fail_entry("rank", "a number from 0", name, rank, where)
+    dynamic = entry.get("dynamic", False)
+    if type(dynamic) is not bool:
+        _fail_entry("dynamic", "true or false", name, dynamic, where)
     amax, exceptions = entry.get("input_amax"), entry.get("amax_exceptions", {})
     if amax is not None and not isinstance(amax, (int, float)):
         _fail_entry("input_amax", "a number", name, amax, where)
@@ -171,6 +189,7 @@ def _layer(name: str, entry, where: str) -> Layer:
         **{key: entry[key] for key in fields},
         shape=None if shape is None else tuple(shape),
         rank=rank,
+        dynamic=dynamic,
         input_amax=amax,
         amax_exceptions=exceptions,
     )

@@ -79,12 +79,14 @@ def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor
     """
     flat = blocks.flatten(weight).float()
     n, k = flat.shape
-    amax = amax.reshape(n, -1)
-    step, _ = _steps(amax.float())
+    amax = amax.reshape(n, -1).float()
+    kept = in_sixteen_bits(amax)
+    amax = torch.where(kept.float() <= AMAX_EPSILON, 0.0, amax)
+    step, _ = _steps(amax)
     in_blocks = blocks.padded(flat, 1, BLOCK).reshape(n, -1, BLOCK)
     codes = ((in_blocks * step).round_().clamp_(-QMAX - 1, QMAX) + (QMAX + 1)).to(torch.uint8)
     codes = blocks.padded(codes.reshape(n, -1)[:, :k], 1, 2)
-    return {"weight": blocks.pack(codes), "weight_amax": in_sixteen_bits(amax)}
+    return {"weight": blocks.pack(codes), "weight_amax": kept}
 
 
 def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:

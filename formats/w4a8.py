@@ -46,7 +46,8 @@ def quantize(
     weight: torch.Tensor, amax: tuple[torch.Tensor, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """[N, ...] float, its block maxima and its amax -> as int4, and float32 scalar `weight_amax_2`."""
-    return int4.quantize(weight, amax[0]) | {"weight_amax_2": amax[1].float().reshape(())}
+    whole = amax[1].float().reshape(())
+    return int4.quantize(weight, amax[0]) | {"weight_amax_2": torch.where(whole > 0, whole, 1.0)}
 
 
 def to_fp8(

@@ -12,14 +12,19 @@ import torch
 import torch.nn.functional as F
 
 
+def nvfp4_scale(x: torch.Tensor) -> torch.Tensor:
+    """The scale of the block scales from `x` itself; 1 for zeros, which 0 would turn into NaN."""
+    scale = x.abs().amax().float() / (6.0 * 448.0)
+    return torch.where(scale > 0, scale, 1.0)
+
+
 def quantize_nvfp4(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """[M, K] float, scalar scale of the block scales or None -> float32 values NVFP4 holds.
 
     Without a scale the largest magnitude of `x` gives it, as in ComfyUI's layout.
     """
     if scale is None:
-        scale = x.abs().amax().float() / (6.0 * 448.0)
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = nvfp4_scale(x)
     q, blocks = comfy_kitchen.quantize_nvfp4(x.float(), scale, pad_16x=x.shape[0] % 16 != 0)
     return comfy_kitchen.dequantize_nvfp4(q, scale, blocks, torch.float32)[: len(x)]
 

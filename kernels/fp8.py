@@ -13,14 +13,25 @@ def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (x.float() * (1.0 / scale)).clamp_(-QMAX, QMAX).to(torch.float8_e4m3fn).float()
 
 
+def token_scale(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] float -> float32 [..., 1]: each token's own scale, its largest magnitude over 448."""
+    amax = x.abs().amax(dim=-1, keepdim=True).float()
+    return 1.0 / (QMAX / torch.where(amax <= 2.0**-24, 1.0, amax))
+
+
 def linear_reference(
     x: torch.Tensor,
-    input_scale: torch.Tensor,
+    input_scale: torch.Tensor | None,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x [..., K] float, weight float8_e4m3fn [N, K], scalar scales -> [..., N] in x's dtype."""
+    """x [..., K] float, weight float8_e4m3fn [N, K], scalar scales -> [..., N] in x's dtype.
+
+    Without an input_scale every token gets its own.
+    """
+    if input_scale is None:
+        input_scale = token_scale(x)
     out = F.linear(quantize(x, input_scale), weight.float()).mul_(input_scale * weight_scale)
     if bias is not None:
         out = out + bias.float()
@@ -57,10 +68,18 @@ def linear_fake(x, input_amax, weight, weight_scale, bias):
 
     For verification: bit-identical to ModelOpt's module where it is given the same input.
     """
-    return F.linear(fake_quantize(x, input_amax), weight.float() * weight_scale, bias)
+    return F.linear(fake_quantize(x, input_amax), weight.float() * weight_scale, _float(bias)).to(
+        x.dtype
+    )
 
 
 def conv2d_fake(x, input_amax, weight, weight_scale, bias, stride, padding, dilation):
     """`conv2d_reference` as ModelOpt simulates it; see `linear_fake`."""
     w = weight.float() * weight_scale
-    return F.conv2d(fake_quantize(x, input_amax), w, bias, stride, padding, dilation)
+    return F.conv2d(fake_quantize(x, input_amax), w, _float(bias), stride, padding, dilation).to(
+        x.dtype
+    )
+
+
+def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.float()

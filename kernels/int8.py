@@ -154,14 +154,20 @@ def linear_fake(x, weight, weight_amax, bias):
     integer products are not (they agree to float32 rounding).
     """
     q = fake_quantize(x, x.float().abs().amax(dim=-1, keepdim=True))
-    return F.linear(q, _fake_weight(weight, weight_amax), bias)
+    return F.linear(q, _fake_weight(weight, weight_amax), _float(bias)).to(x.dtype)
 
 
 def conv2d_fake(x, input_amax, weight, weight_amax, bias, stride, padding, dilation):
     """`conv2d_reference` as ModelOpt simulates it; see `linear_fake`."""
     w = _fake_weight(weight, weight_amax)
-    return F.conv2d(fake_quantize(x, input_amax), w, bias, stride, padding, dilation)
+    return F.conv2d(fake_quantize(x, input_amax), w, _float(bias), stride, padding, dilation).to(
+        x.dtype
+    )
 
 
 def _fake_weight(weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     return weight.float() / (torch.full_like(amax, QMAX) / amax)
+
+
+def _float(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.float()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from ..formats import FORMATS
 from ..formats.checkpoint import Layer
 from ..kernels import blocks as block_kernels
@@ -86,13 +88,20 @@ NATIVE_KERNELS = {
 }
 
 
-def choose(layer: Layer, gpu: GPU, as_stock: bool, arithmetic: str = AUTO) -> Kernel:
+def choose(
+    layer: Layer,
+    gpu: GPU,
+    as_stock: bool,
+    arithmetic: str = AUTO,
+    shape: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Kernel:
     """The kernel for a layer on a device. Raises ValueError where the format cannot run there.
 
     as_stock: the file opens in stock ComfyUI, whose result on a device without the format's units
     is the dequantized one; such a file gives the same picture here and there. arithmetic: AUTO;
     INTEGER emulates the low-precision units also for such a file; FAKE runs ModelOpt's float32
-    simulation where there is one, to verify against ModelOpt.
+    simulation where there is one, to verify against ModelOpt. shape: of the weight; dtype: that is computed in.
     """
     key = (layer.format, layer.kind)
     what = f"{layer.format} {layer.kind}"
@@ -104,6 +113,9 @@ def choose(layer: Layer, gpu: GPU, as_stock: bool, arithmetic: str = AUTO) -> Ke
     if arithmetic == FAKE and key in simulation.SIMULATED:
         run = simulation.of(layer)
         return Kernel(f"{what}: ModelOpt's simulation", "simulated", "asked for", run)
+    reason = native.why_not(layer.format, shape or layer.shape or (0, 0), dtype)
+    if found.level == NATIVE and key in NATIVE_KERNELS and reason is not None:
+        return Kernel(f"{what}: dequantized", "dequantized", reason)
     if found.level == NATIVE and key in NATIVE_KERNELS:
         return Kernel(f"{what}: comfy-kitchen", NATIVE, found.why, NATIVE_KERNELS[key])
     if arithmetic == AUTO and _dequantizes(layer, gpu, as_stock):

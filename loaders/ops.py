@@ -55,10 +55,14 @@ class QuantizedOp:
         self.quant_format = layer.comfy_format
         if "input_scale" in tensors:
             self.input_scale = torch.nn.Parameter(tensors["input_scale"], requires_grad=False)
-        self.kernel = self.CHOOSE(layer)
+        self.kernel = self.CHOOSE(layer, self.expected_shape())
         bias = prefix + "bias"
         if self.bias is not None and bias in state_dict:
             value = state_dict.pop(bias).to(self.COMPUTE_DTYPE)
+            if tuple(value.shape) != self.expected_shape()[:1]:
+                rule = f"{bias} must have shape {self.expected_shape()[:1]}"
+                errors.append(f"{rule}, found {tuple(value.shape)}")
+                return
             self.bias = torch.nn.Parameter(value, requires_grad=False)
 
     def _wrong_shape(self, prefix: str, weight: torch.Tensor, errors: list[str]) -> bool:
@@ -147,7 +151,7 @@ def quantized_ops(compute_dtype: torch.dtype, layers: dict[str, Layer], choose) 
     """The ops class for one model.
 
     compute_dtype: what activations and unquantized weights are computed in.
-    layers: module name -> what the file says of it; `choose(layer)` answers its kernel.
+    layers: module name -> what the file says of it; `choose(layer, shape)` answers its kernel.
     """
     base = comfy.ops.mixed_precision_ops({}, compute_dtype)
 

@@ -35,7 +35,8 @@ def of(layer: Layer) -> Callable:
 
     def fp8_linear(x, input_scale, weight, bias):
         scale = weight._params.scale
-        return fp8_kernels.linear_fake(x, amax.to(x.device), weight._qdata, scale, bias)
+        x_amax = x.abs().amax(dim=-1, keepdim=True) if layer.dynamic else amax.to(x.device)
+        return fp8_kernels.linear_fake(x, x_amax, weight._qdata, scale, bias)
 
     def fp8_conv2d(x, input_scale, weight, bias, *geometry):
         scale = weight._params.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 
@@ -57,7 +58,9 @@ def load(
     checkpoint.validate(where)
     device = comfy.model_management.get_torch_device()
     tensors = _seen_by_detection(checkpoint, torch.float32)
-    config = comfy.model_detection.model_config_from_unet(tensors, "")
+    # without markers: with them ComfyUI fails on an unknown architecture instead of saying so
+    plain = {key: t for key, t in tensors.items() if not key.endswith(".comfy_quant")}
+    config = comfy.model_detection.model_config_from_unet(plain, "")
     if config is None:
         raise ValueError(
             f"the UNet must be of an architecture that ComfyUI knows, {where} is of none: {REMEDY}"
@@ -71,7 +74,9 @@ def load(
     operations = ops.quantized_ops(
         compute_dtype,
         checkpoint.layers,
-        lambda layer: dispatch.choose(layer, gpu, as_stock, arithmetic),
+        lambda layer, shape: dispatch.choose(
+            layer, gpu, as_stock, arithmetic, shape, compute_dtype
+        ),
     )
     options = {"custom_operations": operations}
     if device.type == "cpu":
@@ -162,7 +167,12 @@ def to_checkpoint(model) -> QuantizedCheckpoint:
     baked = sum(1 for key in model.patches if key.startswith(UNET))
     if baked:
         header["baked_patches"] = header.get("baked_patches", 0) + baked
-    return QuantizedCheckpoint(tensors, dict(info.layers), header)
+    layers = dict(info.layers)
+    for key in model.patches:  # quantized anew, with another largest magnitude
+        name = key.removeprefix(UNET).rpartition(".")[0]
+        if name in layers:
+            layers[name] = dataclasses.replace(layers[name], amax_exceptions={})
+    return QuantizedCheckpoint(tensors, layers, header)
 
 
 def _store_patched(model, key: str, tensors: dict[str, torch.Tensor], info: Loaded) -> None:

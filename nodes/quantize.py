@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..formats import FORMATS
 from ..loaders import device
 from ..quantize import layers as layer_choice
-from ..quantize.recipe import ALGORITHMS, OPTIONS
+from ..quantize.recipe import ALGORITHMS, OPTIONS, PER_TOKEN, STATIC
 from ..utils import capability
 from .quantize_and_load import quantize_and_load, recipe_of
 from .types import Calibration
@@ -81,7 +81,16 @@ def _format_option(name: str) -> io.DynamicCombo.Option:
         optional=True,
         tooltip="e4m3: more digits, FP8 arithmetic. e5m2: more range, activations stay in 16 bits.",
     )
-    return io.DynamicCombo.Option(name, [algorithm, weights] if name == "fp8" else [algorithm])
+    activations = io.Combo.Input(
+        "activations",
+        options=[STATIC, PER_TOKEN],
+        default=STATIC,
+        optional=True,
+        tooltip="Linear layers: one calibrated scale, or one for each token while the model runs "
+        "(nearer to the original, a little slower, does not open in stock ComfyUI).",
+    )
+    inputs = [algorithm, weights, activations] if name == "fp8" else [algorithm]
+    return io.DynamicCombo.Option(name, inputs)
 
 
 class Quantize(io.ComfyNode):

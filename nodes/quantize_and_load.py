@@ -18,6 +18,8 @@ def recipe_of(format: dict, layers: str, skip: str) -> Recipe:
     name = format["format"]
     if format.get("weights") == "e5m2":
         name = "fp8_e5m2"
+    if format.get("activations") is not None:
+        algorithm["activations"] = format["activations"]
     return Recipe(name, **algorithm, layers=layers, skip=tuple(parse_patterns(skip)))
 
 

@@ -13,7 +13,12 @@ from ..formats import nvfp4
 
 NAME = "comfyui_modelopt_nvfp4"
 # the block scales are dynamic and the global scale is the whole weight's, as in ModelOpt's preset
-NVFP4 = {"num_bits": (2, 1), "axis": None, "backend": NAME}
+NVFP4 = {
+    "num_bits": (2, 1),
+    "axis": None,
+    "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)},
+    "backend": NAME,
+}
 
 
 def fake_quantize(inputs: torch.Tensor, quantizer) -> torch.Tensor:

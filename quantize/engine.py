@@ -74,16 +74,19 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
             replayed = replayed[:passes] if collects else []
             calls = 2 * len(chosen) + sum(len(one) for one in replayed)
             modules = sum(1 for _ in source.modules())
-            builds = modelopt.BUILDS if device.type == "cuda" and modelopt.searches(plans) else 0
-            total = modules + CALL * (calls + builds) + 2 * len(plans) + sha256.pieces(file)
+            builds = modelopt.kernels_needed(plans) if device.type == "cuda" else []
+            total = modules + CALL * (calls + len(builds)) + 2 * len(plans) + sha256.pieces(file)
             step = progress(total)
             if builds:
-                notes.append(modelopt.build_kernels(lambda: step(CALL)))
+                notes.append(modelopt.build_kernels(builds, lambda: step(CALL)))
             if recipe.format in ("nvfp4", "mxfp8"):
                 notes.append(f"Weights packed as ModelOpt's {recipe.format} tensors, on {device}.")
             unet = bridge.copy_unet(model, step)
             _check_finite(unet, plans, step)
+            if modelopt.searches(plans):
+                bridge.check_resident(unet, device, recipe.algorithm)
             references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
+            _check_outputs(references)
 
             places = {id(record): _place(run, record) for run in runs for record in run.records}
             waiting = iter(replayed)
@@ -145,6 +148,16 @@ def _place(run, record) -> float:
     """Which step of its run a UNet call belongs to, as a share of the run."""
     steps = run.steps or run.calls
     return int(record.index * steps / max(run.calls, 1)) / max(steps, 1)
+
+
+def _check_outputs(references: list[torch.Tensor]) -> None:
+    for number, output in enumerate(references, start=1):
+        if not bool(torch.isfinite(output).all()):
+            raise ValueError(
+                "the UNet must give finite numbers on the recorded calls, it gives NaN or infinity "
+                f"on call {number} of the {len(references)} looked at: try another precision "
+                "(--force-fp32 or bf16), or record with other settings"
+            )
 
 
 def _check_finite(unet: torch.nn.Module, layers: Iterable[str], step: Callable[[], None]) -> None:

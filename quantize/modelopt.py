@@ -79,6 +79,8 @@ def input_config(plan: LayerPlan, share: float) -> dict | None:
     if plan.algorithm == PERCENTILE and plan.static:
         calibrator = percentile.calibrator()
         return {**PER_TENSOR, "calibrator": (calibrator, (), {"percentile": share})}
+    if plan.static and plan.format in ("fp8", "w4a8"):
+        return E4M3
     return PER_TENSOR if plan.static or plan.format == "nvfp4" else None
 
 
@@ -136,27 +138,36 @@ def searches(plans: Mapping[str, LayerPlan]) -> bool:
     return any(plan.algorithm in AWQ for plan in plans.values())
 
 
-def build_kernels(step: Callable[[], None]) -> str:
+def kernels_needed(plans: Mapping[str, LayerPlan]) -> list[str]:
+    """Names of ModelOpt's CUDA extensions that a calibration on a GPU would build."""
+    found = set()
+    for plan in plans.values():
+        integer = plan.algorithm in AWQ and plan.format in ("int4", "w4a8")
+        if integer or (plan.algorithm == MSE and plan.format in ("int8", "int4")):
+            found.add("get_cuda_ext")
+        if plan.algorithm == MSE and plan.format == "fp8":
+            found.add("get_cuda_ext_fp8")
+    return sorted(found)
+
+
+def build_kernels(names: list[str], step: Callable[[], None]) -> str:
     """Builds or loads ModelOpt's CUDA kernels; returns a sentence for the report.
 
     The first time on a machine this takes minutes and needs a CUDA compiler; without one ModelOpt
-    does the same in plain PyTorch. `step` is called after each of BUILDS kernels.
+    does the same in plain PyTorch. `step` is called after each.
     """
     from modelopt.torch.quantization import extensions
 
     log.info("ModelOpt builds its CUDA kernels: minutes the first time (dev.py precompile)")
     built = []
-    for build in (extensions.get_cuda_ext, extensions.get_cuda_ext_fp8):
-        built.append(build(raise_if_failed=False) is not None)
+    for name in names:
+        built.append(getattr(extensions, name)(raise_if_failed=False) is not None)
         step()
     return (
         "Searched with ModelOpt's CUDA kernels."
         if all(built)
         else "Searched with ModelOpt's PyTorch code: its CUDA kernels could not be built here."
     )
-
-
-BUILDS = 2
 
 
 @contextlib.contextmanager
@@ -208,10 +219,26 @@ def awq_weight(module: torch.nn.Module, plan: LayerPlan) -> torch.Tensor:
     return (weight * inverse.to(weight.device).squeeze()[None, :]).to(weight.dtype)
 
 
+def input_amax(module: torch.nn.Module, plan: LayerPlan) -> torch.Tensor | None:
+    """A layer's largest activation, as calibrated.
+
+    AWQ_FULL's last pass forgets what the whole recording gave; what awq_lite kept of it, for every
+    input channel before smoothing, still has it.
+    """
+    quantizer = module.input_quantizer
+    kept = getattr(quantizer, "_amax_for_smoothing", None)
+    if plan.algorithm != AWQ_FULL or kept is None:
+        return quantizer.amax
+    scale = quantizer.pre_quant_scale.float().reshape(-1)
+    return (kept.to(scale.device).float().reshape(-1) * scale).amax()
+
+
 def svd(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """SVDQuant's split by ModelOpt: up [out, r], down [r, in], and the rest of the weight."""
     from modelopt.torch.quantization.model_calib import svd as modelopt_svd
 
+    if weight.device.type == "mps":  # has no float64
+        weight = weight.cpu()
     up, down = modelopt_svd(weight, min(rank, *weight.shape))
     return up, down, weight - up @ down
 

@@ -60,7 +60,7 @@ def _pack_layer(
     stored = numerics.quantize(weight, amax) | extra
     input_amax = None
     if one.static or modelopt.input_config(one, 1.0) is not None and one.format == "nvfp4":
-        found = module.input_quantizer.amax
+        found = modelopt.input_amax(module, one)
         if found is not None:
             input_amax = _live(name, found.float().amax().item())
             stored["input_scale"] = numerics.input_scale(torch.tensor(input_amax))
@@ -75,6 +75,7 @@ def _pack_layer(
         smoothed=one.smooths,
         shape=tuple(weight.shape) if numerics.BLOCK is not None else None,
         rank=stored["svd_down"].shape[0] if "svd_down" in stored else 0,
+        dynamic=one.dynamic,
         input_amax=input_amax,
         amax_exceptions=exceptions,
     )

@@ -26,6 +26,9 @@ ALGORITHMS = {
 }
 # algorithms that search a smoothing scale for each Linear in ModelOpt's AWQ
 AWQ = (AWQ_LITE, AWQ_FULL, SVDQUANT)
+# how Linears' activations get their scale, where a format has the choice
+STATIC, PER_TOKEN = "static", "per token"
+ACTIVATIONS = {"fp8": (STATIC, PER_TOKEN)}
 # algorithm -> its own options
 OPTIONS = {SMOOTHQUANT: ("alpha", "convolutions"), PERCENTILE: ("percentile",), SVDQUANT: ("rank",)}
 
@@ -36,7 +39,8 @@ class Recipe:
 
     alpha: SmoothQuant's, 0 to 1; convolutions: how their activations are calibrated beside it, MAX
     or PERCENTILE; percentile: share of the steps that convolutions' activation
-    scales are taken from, above 0 to 1; rank: SVDQuant's; layers: a mode of quantize.layers; skip:
+    scales are taken from, above 0 to 1; rank: SVDQuant's; activations: STATIC or
+    PER_TOKEN, for the formats of ACTIVATIONS; layers: a mode of quantize.layers; skip:
     patterns of layer names.
     """
 
@@ -46,6 +50,7 @@ class Recipe:
     convolutions: str = MAX
     percentile: float = 1.0
     rank: int = 32
+    activations: str = STATIC
     layers: str = LINEAR_AND_CONV
     skip: tuple[str, ...] = DEFAULT_SKIP
 
@@ -63,6 +68,12 @@ class Recipe:
             raise ValueError(
                 f"convolutions must be {MAX} or {PERCENTILE}, got {self.convolutions!r}: correct it"
             )
+        if self.activations not in ACTIVATIONS.get(self.format, (STATIC,)):
+            raise ValueError(
+                f"activations of {self.format} must be "
+                f"{' or '.join(ACTIVATIONS.get(self.format, (STATIC,)))}, got "
+                f"{self.activations!r}: choose one of them"
+            )
         for name, low, high in (("alpha", 0, 1), ("percentile", 0.01, 1), ("rank", 1, 256)):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -75,16 +86,22 @@ class Recipe:
         for name in ("alpha", "convolutions", "percentile", "rank"):
             if name not in OPTIONS.get(self.algorithm, ()):
                 del facts[name]
+        if self.format not in ACTIVATIONS:
+            del facts["activations"]
         return facts
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is done to one layer. algorithm: MAX where the recipe's does not apply to it."""
+    """What is done to one layer.
+
+    algorithm: MAX where the recipe's does not apply to it. dynamic: see `Layer`.
+    """
 
     kind: str
     format: str
     algorithm: str
+    dynamic: bool = False
 
     @property
     def smooths(self) -> bool:
@@ -94,7 +111,7 @@ class LayerPlan:
     @property
     def static(self) -> bool:
         """Whether the layer's activations have a calibrated scale."""
-        return FORMATS[self.format].needs_input_scale(self.kind)
+        return FORMATS[self.format].needs_input_scale(self.kind) and not self.dynamic
 
     @property
     def calibrates(self) -> bool:
@@ -116,7 +133,8 @@ def plan(
         if reason is not None:
             form, algorithm = FORMATS[recipe.format].SECOND, MAX
             moved.setdefault((form, reason), []).append(name)
-        plans[name] = LayerPlan(kind, form, algorithm)
+        dynamic = recipe.activations == PER_TOKEN and kind == "linear" and form == recipe.format
+        plans[name] = LayerPlan(kind, form, algorithm, dynamic)
     notes = [
         f"{len(names)} layers in {form} instead of {recipe.format}, because {reason}: "
         + ", ".join(names)
@@ -128,6 +146,8 @@ def plan(
 def _algorithm(recipe: Recipe, kind: str) -> str:
     if kind == "conv2d" and recipe.algorithm == SMOOTHQUANT:
         return recipe.convolutions
+    if kind == "conv2d" and recipe.algorithm in AWQ and recipe.format == "int4":
+        return MSE  # AWQ does not reach convolutions, and so few bits want clipping
     if kind == "conv2d":
         return recipe.algorithm if recipe.algorithm in (MSE, PERCENTILE) else MAX
     return MAX if recipe.algorithm == PERCENTILE else recipe.algorithm

@@ -84,10 +84,10 @@ def _software(name: str, gpu: GPU) -> Support:
         return Support(
             EMULATED, f"{name} kernels need CUDA 12.8 in torch, found {_dotted(gpu.cuda)}"
         )
-    if name == "int8" and "cuda" not in gpu.backends:
+    if "cuda" not in gpu.backends:
         return Support(
             NATIVE,
-            "slow, comfy-kitchen's CUDA kernels are off: ComfyUI enables them with a CUDA 13 build "
+            "slow, activations are quantized in plain PyTorch because comfy-kitchen's CUDA kernels are off: ComfyUI enables them with a CUDA 13 build "
             f"of torch only, this one is built for CUDA {_dotted(gpu.cuda)}",
         )
     return Support(NATIVE)

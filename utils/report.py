@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from . import capability
 
-OPTIONS = ("alpha", "convolutions", "percentile", "rank")
+OPTIONS = ("alpha", "convolutions", "percentile", "rank", "activations")
 KINDS = {"linear": "Linear", "conv2d": "convolution"}
 
 

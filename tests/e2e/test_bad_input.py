@@ -81,7 +81,12 @@ def test_skip_patterns(server):
 
 
 def test_wrong_choices_are_refused_before_the_run(server):
-    for change in ({"format": "int9"}, {"format.algorithm": "awq"}, {"layers": "some"}):
+    for change in (
+        {"format": "int9"},
+        {"format.algorithm": "awq"},
+        {"format": "mxfp8", "format.algorithm": "smoothquant"},
+        {"layers": "some"},
+    ):
         with pytest.raises(PromptRejected):
             server.run(quantize_graph(**change).nodes, timeout=TIMEOUT)
 

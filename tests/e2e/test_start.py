@@ -55,6 +55,16 @@ def test_import_time(server):
     assert "IMPORT FAILED" not in server.log
 
 
+def test_gpu_info_shows_this_machine(server):
+    result = server.run({"1": {"class_type": "ModelOptGPUInfo", "inputs": {}}}, timeout=60)
+    assert result.error is None
+    (text,) = result.outputs["1"]["text"]
+    assert text.startswith("This machine: ")
+    for name in ("int8", "fp8", "mxfp8", "nvfp4", "int4", "w4a8"):
+        assert f"\n{name} Linear: " in text
+    assert "GeForce RTX 40" in text and "For the smallest file: " in text
+
+
 def test_no_heavy_import_at_start(comfyui):
     """In a process that imports the pack's nodes as ComfyUI does."""
     tests = Path(__file__).resolve().parent.parent

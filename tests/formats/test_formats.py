@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_modelopt.formats import FORMATS, blocks, get
+from comfyui_modelopt.formats import FORMATS, blocks, files, get
+from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
 from comfyui_modelopt.quantize import modelopt, recipe
 from comfyui_modelopt.utils import capability
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # a block too small for INT4's 128, one row, rows that need padding, a ragged last block, convolutions
@@ -116,6 +119,33 @@ def test_what_is_stored_is_what_the_format_says(form, shape):
         assert tuple(stored[name].shape) == size, name
         assert stored[name].dtype in dtypes, name
     assert tuple(form.dequantize(stored, shape).shape) == shape
+
+
+@pytest.mark.parametrize("shape", [(40, 320), (6, 32, 3, 3)])
+def test_through_a_file(form, shape, tmp_path):
+    stored = quantized(form, weight_of(shape, torch.float16))
+    kind = "linear" if len(shape) == 2 else "conv2d"
+    static = form.needs_input_scale(kind)
+    layer = Layer(
+        form.NAME,
+        kind,
+        shape=shape if form.BLOCK is not None else None,
+        input_amax=2.0 if static else None,
+    )
+    tensors = {f"a.b.{name}": tensor for name, tensor in stored.items()}
+    if static:
+        tensors["a.b.input_scale"] = form.input_scale(torch.tensor(2.0))
+    path = tmp_path / "x.safetensors"
+    files.write(QuantizedCheckpoint(tensors, {"a.b": layer}, {"recipe": {}}), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    again = files.parse(load_file(path), metadata, str(path))
+    assert again.layers == {"a.b": layer}
+    assert again.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        other = again.tensors[name]
+        assert other.dtype == tensor.dtype, name
+        assert torch.equal(other.float(), tensor.float()), name
 
 
 def test_all_zero_weight(form):

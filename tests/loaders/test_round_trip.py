@@ -123,3 +123,23 @@ def test_a_branch_goes_when_the_plain_weight_is_copied_back(made):
     assert not torch.equal(branched.dequantize(), dense)
     branched.copy_(plain)
     assert torch.equal(branched.dequantize(), dense)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_bias_of_another_shape_is_named(made, size):
+    name = next(n for n in made.checkpoint.layers if f"{n}.bias" in made.checkpoint.tensors)
+    tensors = made.checkpoint.tensors | {f"{name}.bias": torch.zeros(size)}
+    with pytest.raises(ValueError, match=f"{name}.bias must have shape"):
+        loader.load(dataclasses.replace(made.checkpoint, tensors=tensors))
+
+
+def test_a_shape_that_hides_in_the_padding_is_refused(quantized):
+    checkpoint = quantized(Recipe("int4", "awq_lite")).checkpoint
+    name = next(n for n in checkpoint.layers if n.endswith("blocks.0.attn2.to_k"))
+    layer = checkpoint.layers[name]
+    shape = (layer.shape[0], layer.shape[1] - 1)
+    scale = f"{name}.pre_quant_scale"
+    tensors = checkpoint.tensors | {scale: checkpoint.tensors[scale][:-1]}
+    layers = checkpoint.layers | {name: dataclasses.replace(layer, shape=shape)}
+    with pytest.raises(ValueError):
+        loader.load(dataclasses.replace(checkpoint, tensors=tensors, layers=layers))

@@ -20,11 +20,15 @@ RECIPES = {
     "int8-smoothquant": Recipe("int8", "smoothquant", 0.5),
     "int8-linear-only": Recipe("int8", layers="linear only"),
     "fp8-max": Recipe("fp8"),
+    "fp8-per-token": Recipe("fp8", activations="per token"),
     "fp8-linear-only": Recipe("fp8", layers="linear only"),
 }
 E4M3 = {"num_bits": (4, 3), "axis": None}
 INT8 = {"num_bits": 8, "axis": None}
-PER_TOKEN = {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}
+PER_TOKEN = {
+    name: {"num_bits": bits, "type": "dynamic", "block_sizes": {-1: None}}
+    for name, bits in (("int8", 8), ("fp8", (4, 3)))
+}
 
 
 def records_of(calibration):
@@ -59,12 +63,13 @@ def fake_quantized(model, recipe: Recipe, records, dynamic: bool = True) -> torc
             twin(*args, **kwargs)
 
     mtq.quantize(unet, {"quant_cfg": config, "algorithm": algorithm}, replay)
-    if recipe.format == "int8" and dynamic:
+    per_token = PER_TOKEN[recipe.format]
+    if dynamic and (recipe.format == "int8" or recipe.activations == "per token"):
         for name, kind in layers.items():
             if kind == "linear":
                 quantizer = unet.get_submodule(name).input_quantizer
                 quantizer.reset_amax()
-                quantizer.set_from_attribute_config(PER_TOKEN)
+                quantizer.set_from_attribute_config(per_token)
     return unet
 
 

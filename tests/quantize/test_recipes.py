@@ -96,6 +96,10 @@ def test_what_a_layer_says_it_does_is_what_ran(quantized, recipe, monkeypatch):
         (Recipe("nvfp4", "svdquant", rank=4), Recipe("nvfp4", "max", rank=4)),
         (Recipe("int8", "smoothquant", layers=LINEAR), Recipe("int8", "max", layers=LINEAR)),
         (Recipe("int8", "percentile"), Recipe("int8", "max")),
+        (
+            Recipe("fp8", activations="per token", layers=LINEAR),
+            Recipe("fp8", "max", rank=4, layers=LINEAR),
+        ),
     ],
     ids=lambda r: f"{r.format}-{r.algorithm}",
 )
@@ -138,6 +142,18 @@ def test_awq_full_clips(sd15, calibration):
     assert bool((amax["awq_full"] <= amax["awq_lite"] * 1.001).all())
     assert bool((amax["awq_full"] < amax["awq_lite"] * 0.99).any())
     assert sqnr(made["awq_full"]) > sqnr(made["awq_lite"]) - 0.5
+
+
+def test_awq_full_keeps_the_whole_recordings_activations(sd15, calibration):
+    """Its last pass replays a few calls only."""
+    keep = "output_blocks.0.1.transformer_blocks.0.attn1.to_out.0"
+    others = tuple(n for n in select(sd15[0].model.diffusion_model, LINEAR, []) if n != keep)
+    amax = {}
+    for algorithm in ("awq_lite", "awq_full"):
+        recipe = Recipe("w4a8", algorithm, layers=LINEAR, skip=others)
+        made = engine.quantize_model(sd15[0], recipe, calibration)
+        amax[algorithm] = made.checkpoint.layers[keep].input_amax
+    assert amax["awq_full"] == pytest.approx(amax["awq_lite"], rel=1e-3)
 
 
 def test_awq_stores_what_modelopt_folds(sd15, calibration, quantized):
