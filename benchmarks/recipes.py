@@ -36,7 +36,7 @@ MAX_RECORDS = 64
 def recipes(slow: bool) -> list:
     """Every recipe of the pack, with each choice of layers; awq_full only if `slow`."""
     from comfyui_modelopt.quantize.layers import LINEAR_AND_CONV, MODES
-    from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, Recipe
+    from comfyui_modelopt.quantize.recipe import ACTIVATIONS, ALGORITHMS, AWQ_FULL, MAX, Recipe
 
     found = []
     for layers in MODES:
@@ -51,6 +51,10 @@ def recipes(slow: bool) -> list:
                     for options in VARIANTS.get(algorithm, ({},))
                     if layers == LINEAR_AND_CONV or options.get("convolutions") != "percentile"
                 ]
+            found += [
+                Recipe(form, MAX, layers=layers, activations=choice)
+                for choice in ACTIVATIONS.get(form, ())[1:]
+            ]
     return found
 
 
