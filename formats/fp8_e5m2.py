@@ -5,9 +5,9 @@ ModelOpt has no E5M2 quantizer; the scale is its per-tensor maximum's, as for E4
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
+
+from . import fp8
 
 NAME = "fp8_e5m2"
 TITLE = "FP8 E5M2 weights, per tensor, activations stay in 16 bits"
@@ -20,7 +20,10 @@ SCALES = ("weight_scale",)
 SECOND = None
 ACTIVATIONS = False
 QMAX = 57344.0
-AMAX_EPSILON = 2.0**-24
+AMAX_EPSILON = fp8.AMAX_EPSILON
+why_not = fp8.why_not
+weight_amax = fp8.weight_amax
+dequantize = fp8.dequantize
 
 
 def needs_input_scale(kind: str) -> bool:
@@ -28,19 +31,9 @@ def needs_input_scale(kind: str) -> bool:
     return False
 
 
-def why_not(shape: tuple[int, ...]) -> str | None:
-    """Every weight fits."""
-    return None
-
-
 def stored(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """Name -> shape and allowed dtypes of the tensors of a weight of this shape."""
     return {"weight": (shape, (STORAGE,)), "weight_scale": ((), (torch.float32,))}
-
-
-def weight_amax(weight: torch.Tensor) -> torch.Tensor:
-    """[N, ...] float -> float32 scalar, the largest magnitude."""
-    return weight.abs().amax().float()
 
 
 def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -49,8 +42,3 @@ def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor
     step = QMAX / torch.where(amax <= AMAX_EPSILON, 1.0, amax)
     q = (weight.float() * step).clamp_(-QMAX, QMAX).to(STORAGE)
     return {"weight": q, "weight_scale": 1.0 / step}
-
-
-def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """What `quantize` gave -> float32 weight of `shape`."""
-    return stored["weight"].float() * stored["weight_scale"]
