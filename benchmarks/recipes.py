@@ -234,7 +234,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", type=int, default=128, help="width and height in pixels")
     parser.add_argument("--prompts", type=int, default=4, help="to calibrate on, 1 to 16")
-    parser.add_argument("--slow", action="store_true", help="awq_full too: hours on a CPU")
+    parser.add_argument("--slow", action="store_true", help="awq_full too, which is slow")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON; the table goes beside it as .md")
     args = parser.parse_args()
