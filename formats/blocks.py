@@ -3,11 +3,17 @@
 A convolution's weight [N, C, R, S] is flattened to [N, R * S * C], channels last: blocks then run
 over input channels, as they lie in a channels-last activation, and every scale covers a whole block
 (blocks along the last axis of the 4-D weight would hold three values).
+
+A Linear of a format that stock ComfyUI knows is arranged as there: padded rows, and the block scales
+in cuBLAS' tiles of 128 x 4
+(https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout). A convolution, which
+stock ComfyUI has none of, has neither padding nor tiles.
 """
 
 from __future__ import annotations
 
 import torch
+from comfy_kitchen.float_utils import from_blocked, to_blocked
 
 
 def flat_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -40,6 +46,31 @@ def padded(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 def roundup(size: int, multiple: int) -> int:
     """The next multiple of `multiple`."""
     return -(-size // multiple) * multiple
+
+
+def arranged(values: torch.Tensor, scale: torch.Tensor, rows: int, linear: bool):
+    """[N, K] values and their uint8 [N, K / block] scales, as they are stored."""
+    if not linear:
+        return values, scale
+    return padded(values, rows, 1), to_blocked(padded(scale, rows, 1), flatten=False)
+
+
+def arranged_shapes(shape: tuple[int, ...], block: int, rows: int):
+    """Shapes of what `arranged` gives for a weight of `shape`."""
+    n, k = flat_shape(shape)
+    if len(shape) == 4:
+        return (n, k), (n, k // block)
+    n = roundup(n, rows)
+    return (n, k), (roundup(n, 128), roundup(k // block, 4))
+
+
+def plain_scale(scale: torch.Tensor, shape: tuple[int, ...], block: int, rows: int) -> torch.Tensor:
+    """The scales of `arranged` for a weight of `shape` -> uint8 [N, K / block]."""
+    scale = scale.view(torch.uint8)
+    if len(shape) == 4:
+        return scale
+    n, k = flat_shape(shape)
+    return from_blocked(scale, roundup(n, rows), k // block)[:n].contiguous()
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ modules are in ComfyUI's UNet (`input_blocks.1.1.proj_in.weight`), without any p
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +25,7 @@ SCALE_SUFFIXES = (
     "svd_up",
     "svd_down",
 )
+CONTEXT_WIDTH = re.compile(r"input_blocks\.(\d+)\.1\.transformer_blocks\.0\.attn2\.to_k")
 KINDS = {2: "linear", 4: "conv2d"}
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -93,9 +96,10 @@ class QuantizedCheckpoint:
     @property
     def opens_in_stock(self) -> bool:
         """Whether stock ComfyUI recognises the UNet and computes every layer as this pack does."""
+        modules = (name.removesuffix(".weight") for name in self.tensors)
+        shaping = shaping_layers(modules)
         return all(
-            layer.opens_in_stock
-            and (layer.shape is None or not shapes_the_model(name, layer.format))
+            layer.opens_in_stock and not (name in shaping and FORMATS[layer.format].BITS == 4)
             for name, layer in self.layers.items()
         )
 
@@ -125,12 +129,20 @@ def _fail(rule: str, found, where: str) -> None:
     raise ValueError(f"{rule}, found {found} in {where}: {REMEDY}")
 
 
-def shapes_the_model(name: str, format_name: str) -> bool:
-    """Whether ComfyUI's detection reads the architecture from the width of this weight, which
-    packing two values into a byte would halve."""
-    return FORMATS[format_name].BITS == 4 and (
-        name.endswith("transformer_blocks.0.attn2.to_k") or name.startswith("label_emb.")
-    )
+def shaping_layers(names: Iterable[str]) -> set[str]:
+    """Those of a UNet's module names from whose weights' widths ComfyUI's detection reads the
+    architecture; packing two values into a byte would halve them.
+
+    They are the label embedding, and the first to_k of cross-attention on the way down
+    (`comfy.model_detection.detect_unet_config`).
+    """
+    found, first = set(), None
+    for name in names:
+        if name == "label_emb.0.0":
+            found.add(name)
+        elif match := CONTEXT_WIDTH.fullmatch(name):
+            first = min(first or (1 << 32, ""), (int(match[1]), name))
+    return found | ({first[1]} if first else set())
 
 
 def _validate_layer(name: str, layer: Layer, tensors: dict[str, torch.Tensor], where: str) -> None:

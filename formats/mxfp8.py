@@ -1,8 +1,7 @@
 """MXFP8: E4M3 in blocks of 32 along the input, one power of two (E8M0) a block.
 
-Exponents and rounding are ModelOpt's MXFP8QTensor's. What is stored is stock ComfyUI's arrangement:
-rows padded to 32 and the exponents, biased by 127, in cuBLAS' tiles of 128 x 4
-(https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout).
+Exponents and rounding are ModelOpt's MXFP8QTensor's. Exponents are stored biased by 127; a Linear is
+arranged as in stock ComfyUI (see `blocks`), its rows padded to 32.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from comfy_kitchen.float_utils import from_blocked, to_blocked
 
 from . import blocks
 
@@ -21,6 +19,7 @@ STOCK = True
 STORAGE = torch.float8_e4m3fn
 BITS = 8
 BLOCK = 32
+ROWS = 32
 SCALES = ("weight_scale",)
 SECOND = "int8"
 ACTIVATIONS = True
@@ -40,12 +39,10 @@ def why_not(shape: tuple[int, ...]) -> str | None:
 
 def stored(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """Name -> shape and allowed dtypes of the tensors of a weight of this shape."""
-    n, k = blocks.flat_shape(shape)
-    rows = blocks.roundup(n, 32)
-    tiles = (blocks.roundup(rows, 128), blocks.roundup(k // BLOCK, 4))
+    weight, scale = blocks.arranged_shapes(shape, BLOCK, ROWS)
     return {
-        "weight": ((rows, k), (torch.float8_e4m3fn,)),
-        "weight_scale": (tiles, (torch.uint8,)),
+        "weight": (weight, (torch.float8_e4m3fn,)),
+        "weight_scale": (scale, (torch.uint8,)),
     }
 
 
@@ -55,24 +52,22 @@ def weight_amax(weight: torch.Tensor) -> None:
 
 
 def quantize(weight: torch.Tensor, amax: None = None) -> dict[str, torch.Tensor]:
-    """[N, ...] float -> float8_e4m3fn `weight` [rows, K], uint8 `weight_scale` in cuBLAS' tiles."""
+    """[N, ...] float -> float8_e4m3fn `weight` [rows, K], uint8 `weight_scale`."""
     flat = blocks.flatten(weight).float()
     in_blocks = flat.reshape(len(flat), -1, BLOCK)
     needed = in_blocks.abs().amax(dim=-1) / QMAX
     exponent = torch.where(needed > 0, torch.log2(needed).ceil(), -float(BIAS))
     exponent = exponent.clamp_(-BIAS, BIAS)
     values = (in_blocks * torch.exp2(-exponent).unsqueeze(-1)).clamp_(-QMAX, QMAX)
-    scale = blocks.padded((exponent + BIAS).to(torch.uint8), 32, 1)
-    return {
-        "weight": blocks.padded(values.reshape(flat.shape), 32, 1).to(torch.float8_e4m3fn),
-        "weight_scale": to_blocked(scale, flatten=False),
-    }
+    values, scale = blocks.arranged(
+        values.reshape(flat.shape), (exponent + BIAS).to(torch.uint8), ROWS, weight.ndim == 2
+    )
+    return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": scale}
 
 
 def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     """What `quantize` gave -> float32 weight of `shape`, exactly ModelOpt's dequantized one."""
     n, k = blocks.flat_shape(shape)
-    tiles = stored["weight_scale"].view(torch.uint8)
-    exponent = from_blocked(tiles, blocks.roundup(n, 32), k // BLOCK)[:n].float() - BIAS
+    exponent = blocks.plain_scale(stored["weight_scale"], shape, BLOCK, ROWS).float() - BIAS
     values = stored["weight"][:n].float().reshape(n, -1, BLOCK) * torch.exp2(exponent).unsqueeze(-1)
     return blocks.unflatten(values.reshape(n, k), shape)

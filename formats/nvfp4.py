@@ -1,9 +1,7 @@
 """NVFP4: E2M1 in blocks of 16 along the input, an E4M3 scale a block, one float32 scale a tensor.
 
-Scales and rounding are ModelOpt's NVFP4QTensor's, operation by operation. What is stored is stock
-ComfyUI's arrangement: rows padded to 16, the first of two values in the high nibble, and the block
-scales in cuBLAS' tiles of 128 x 4
-(https://docs.nvidia.com/cuda/cublas/index.html#d-block-scaling-factors-layout).
+Scales and rounding are ModelOpt's NVFP4QTensor's, operation by operation. The first of two values is
+in the high nibble; a Linear is arranged as in stock ComfyUI (see `blocks`), its rows padded to 16.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from comfy_kitchen.float_utils import from_blocked, to_blocked
 
 from . import blocks
 
@@ -22,6 +19,7 @@ STOCK = True
 STORAGE = torch.uint8
 BITS = 4
 BLOCK = 16
+ROWS = 16
 SCALES = ("weight_scale", "weight_scale_2")
 SECOND = "int8"
 ACTIVATIONS = True
@@ -44,12 +42,10 @@ def why_not(shape: tuple[int, ...]) -> str | None:
 
 def stored(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]:
     """Name -> shape and allowed dtypes of the tensors of a weight of this shape."""
-    n, k = blocks.flat_shape(shape)
-    rows = blocks.roundup(n, 16)
-    tiles = (blocks.roundup(rows, 128), blocks.roundup(k // BLOCK, 4))
+    (rows, columns), scale = blocks.arranged_shapes(shape, BLOCK, ROWS)
     return {
-        "weight": ((rows, k // 2), (torch.uint8,)),
-        "weight_scale": (tiles, (torch.float8_e4m3fn,)),
+        "weight": ((rows, columns // 2), (torch.uint8,)),
+        "weight_scale": (scale, (torch.float8_e4m3fn,)),
         "weight_scale_2": ((), (torch.float32,)),
     }
 
@@ -105,15 +101,16 @@ def fake_quantize(flat: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
-    """[N, ...] float and its amax -> packed uint8 `weight`, E4M3 `weight_scale` in cuBLAS' tiles,
-    float32 scalar `weight_scale_2`."""
+    """[N, ...] float and its amax -> packed uint8 `weight`, E4M3 `weight_scale`, float32 scalar
+    `weight_scale_2`."""
     flat = blocks.flatten(weight).float()
     in_blocks, scale, scale_2 = _rounded(flat, amax)
-    codes = blocks.padded(codes_of(in_blocks.reshape(flat.shape)), 16, 1)
-    rows = blocks.padded(scale.view(torch.uint8), 16, 1)
+    codes, scale = blocks.arranged(
+        codes_of(in_blocks.reshape(flat.shape)), scale.view(torch.uint8), ROWS, weight.ndim == 2
+    )
     return {
         "weight": blocks.pack(codes),
-        "weight_scale": to_blocked(rows, flatten=False).view(torch.float8_e4m3fn),
+        "weight_scale": scale.view(torch.float8_e4m3fn),
         "weight_scale_2": scale_2,
     }
 
@@ -123,8 +120,7 @@ def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> to
     n, k = blocks.flat_shape(shape)
     codes = blocks.unpack(stored["weight"])[:n].int()
     table = torch.tensor(VALUES + tuple(-v for v in VALUES), device=codes.device)
-    tiles = stored["weight_scale"].view(torch.uint8)
-    scale = from_blocked(tiles, blocks.roundup(n, 16), k // BLOCK)[:n].contiguous()
+    scale = blocks.plain_scale(stored["weight_scale"], shape, BLOCK, ROWS)
     scale = scale.view(torch.float8_e4m3fn).float() * stored["weight_scale_2"]
     values = table[codes].reshape(n, -1, BLOCK) * scale.unsqueeze(-1)
     return blocks.unflatten(values.reshape(n, k), shape)

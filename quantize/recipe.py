@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..formats import FORMATS, get
-from ..formats.checkpoint import shapes_the_model
+from ..formats.checkpoint import shaping_layers
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
@@ -127,9 +127,10 @@ def plan(
     Raises ValueError for a Linear whose shape does not fit the format.
     """
     plans, moved = {}, {}
+    shaping = shaping_layers(name for name, _ in unet.named_modules())
     for name, kind in layers.items():
         form, algorithm = recipe.format, _algorithm(recipe, kind)
-        reason = _why_second(name, kind, unet.get_submodule(name).weight, recipe)
+        reason = _why_second(name, unet.get_submodule(name).weight, recipe, name in shaping)
         if reason is not None:
             form, algorithm = FORMATS[recipe.format].SECOND, MAX
             moved.setdefault((form, reason), []).append(name)
@@ -153,14 +154,12 @@ def _algorithm(recipe: Recipe, kind: str) -> str:
     return MAX if recipe.algorithm == PERCENTILE else recipe.algorithm
 
 
-def _why_second(name: str, kind: str, weight: torch.Tensor, recipe: Recipe) -> str | None:
+def _why_second(name: str, weight: torch.Tensor, recipe: Recipe, shaping: bool) -> str | None:
     """Why a layer gets the format's second one, or None. Raises where it must not."""
     module = FORMATS[recipe.format]
     reason = module.why_not(tuple(weight.shape))
-    if reason is not None and kind == "linear":
+    if reason is not None and weight.ndim == 2:
         raise ValueError(f"{reason} in {name}: skip that layer or use {module.SECOND}")
-    if reason is not None:
-        return reason
-    if module.SECOND is not None and shapes_the_model(name, recipe.format):
-        return "ComfyUI reads the architecture from their width"
-    return None
+    if reason is None and shaping and module.BITS == 4 and module.SECOND is not None:
+        return "ComfyUI reads the architecture from its width"
+    return reason

@@ -6,7 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfyui_modelopt.formats import FORMATS, blocks
-from comfyui_modelopt.formats.checkpoint import shapes_the_model
+from comfyui_modelopt.formats.checkpoint import shaping_layers
 from comfyui_modelopt.loaders import dispatch
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, quality
@@ -36,8 +36,11 @@ def sqnr(made, arithmetic=dispatch.INTEGER) -> float:
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 def test_every_layer_is_in_its_format(quantized, recipe):
     made = quantized(recipe)
+    shaping = shaping_layers(made.checkpoint.layers)
+    assert len(shaping) == 1
     for name, layer in made.checkpoint.layers.items():
-        second = shapes_the_model(name, recipe.format) and FORMATS[recipe.format].SECOND
+        packed = FORMATS[recipe.format].BITS == 4
+        second = name in shaping and packed and FORMATS[recipe.format].SECOND
         assert layer.format == (second or recipe.format), name
         if layer.format != recipe.format:
             assert any(name in note and layer.format in note for note in made.notes)
