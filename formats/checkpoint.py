@@ -26,6 +26,20 @@ SCALE_SUFFIXES = (
     "svd_down",
 )
 CONTEXT_WIDTH = re.compile(r"input_blocks\.(\d+)\.1\.transformer_blocks\.0\.attn2\.to_k")
+STATIC, PER_TOKEN, SIXTEEN = "static", "per token", "16 bits"
+# (format, kind) -> ways to quantize activations beside the format's own
+ACTIVATIONS = {
+    ("fp8", "linear"): (PER_TOKEN, SIXTEEN),
+    ("fp8", "conv2d"): (SIXTEEN,),
+    ("int8", "linear"): (STATIC, SIXTEEN),
+    ("int8", "conv2d"): (SIXTEEN,),
+    ("mxfp8", "linear"): (SIXTEEN,),
+    ("mxfp8", "conv2d"): (SIXTEEN,),
+    ("nvfp4", "linear"): (SIXTEEN,),
+    ("nvfp4", "conv2d"): (SIXTEEN,),
+    ("w4a8", "linear"): (SIXTEEN,),
+    ("w4a8", "conv2d"): (SIXTEEN,),
+}
 KINDS = {2: "linear", 4: "conv2d"}
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -36,8 +50,9 @@ class Layer:
 
     shape: of the original weight, where the stored one is packed or padded. rank: of the low-rank
     branch `svd_up` [out, rank] @ `svd_down` [rank, in] that SVDQuant took out of the weight, 0 for
-    none. dynamic: a Linear's activations are scaled per token while the model runs, in a format
-    that otherwise has a calibrated scale. input_amax: the calibrated largest activation, where the layer has an `input_scale`;
+    none. activations: how they are quantized, where that is not the format's own way: STATIC
+    (a calibrated scale), PER_TOKEN (scaled while the model runs) or SIXTEEN (not at all).
+    input_amax: the calibrated largest activation, where the layer has an `input_scale`;
     amax_exceptions: output channel -> weight amax. Both are kept because a scale alone does not
     give its amax back to the last bit, which running ModelOpt's own arithmetic needs.
     """
@@ -47,7 +62,7 @@ class Layer:
     smoothed: bool = False
     shape: tuple[int, ...] | None = None
     rank: int = 0
-    dynamic: bool = False
+    activations: str = ""
     input_amax: float | None = None
     amax_exceptions: dict[str, float] = field(default_factory=dict, hash=False)
 
@@ -60,19 +75,30 @@ class Layer:
     def opens_in_stock(self) -> bool:
         """Whether stock ComfyUI computes such a layer as this pack does.
 
-        It knows smoothing for NVFP4 only, no low-rank branch and no FP8 per token.
+        It knows smoothing for NVFP4 only, no low-rank branch, and of other ways to quantize
+        activations only that of not doing it.
         """
         smoothing = not self.smoothed or self.format == "nvfp4"
-        plain = smoothing and not self.rank and not self.dynamic
+        plain = smoothing and not self.rank and self.activations in ("", SIXTEEN)
         return self.kind == "linear" and FORMATS[self.format].STOCK and plain
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations stay in 16 bits."""
+        return self.activations == SIXTEEN or not FORMATS[self.format].ACTIVATIONS
+
+    @property
+    def static(self) -> bool:
+        """Whether activations have a calibrated scale that the layer cannot do without."""
+        own = FORMATS[self.format].needs_input_scale(self.kind) and not self.activations
+        return own or self.activations == STATIC
 
     @property
     def scales(self) -> tuple[str, ...]:
         """Names of the tensors that stand beside `weight`."""
         module = FORMATS[self.format]
         names = list(module.SCALES)
-        static = module.needs_input_scale(self.kind) and not self.dynamic
-        if static or (self.format == "nvfp4" and self.input_amax):
+        if self.static or (self.format == "nvfp4" and self.input_amax):
             names.append("input_scale")
         if self.smoothed:
             names.append("pre_quant_scale")
@@ -81,24 +107,35 @@ class Layer:
         return tuple(names)
 
 
+@dataclass(frozen=True)
+class Input:
+    """A module whose weight is not quantized and whose input is: rounded to `format` (int8 or fp8)
+    up to the calibrated `amax`. ModelOpt's presets do so to LayerNorms."""
+
+    format: str
+    amax: float
+
+
 @dataclass
 class QuantizedCheckpoint:
     """tensors: name -> tensor, quantized layers as `weight` and their scales.
 
     layers: module name -> Layer. header: what is known of its making (recipe, calibration,
-    versions, quality), JSON-able, shown by the info node.
+    versions, quality), JSON-able, shown by the info node. inputs: name of an unquantized LayerNorm,
+    Linear or Conv2d -> Input; in imported checkpoints only.
     """
 
     tensors: dict[str, torch.Tensor]
     layers: dict[str, Layer]
     header: dict = field(default_factory=dict)
+    inputs: dict[str, Input] = field(default_factory=dict)
 
     @property
     def opens_in_stock(self) -> bool:
         """Whether stock ComfyUI recognises the UNet and computes every layer as this pack does."""
         modules = (name.removesuffix(".weight") for name in self.tensors)
         shaping = shaping_layers(modules)
-        return all(
+        return not self.inputs and all(
             layer.opens_in_stock and not (name in shaping and FORMATS[layer.format].BITS == 4)
             for name, layer in self.layers.items()
         )
@@ -161,8 +198,10 @@ def _validate_layer(name: str, layer: Layer, tensors: dict[str, torch.Tensor], w
         )
     if layer.kind != "linear" and (layer.smoothed or layer.rank):
         _fail(f"smoothing and branches are for linear layers, {name} must have none", "one", where)
-    if layer.dynamic and (layer.kind, layer.format) != ("linear", "fp8"):
-        _fail(f"dynamic is for fp8 linear layers, {name} must not be", "true", where)
+    ways = ("", *ACTIVATIONS.get((layer.format, layer.kind), ()))
+    if layer.activations not in ways:
+        rule = f"activations of {name} must be one of {', '.join(map(repr, ways))}"
+        _fail(rule, repr(layer.activations), where)
     if reason := module.why_not(shape):
         _fail(f"weight of {name} must fit its format", reason, where)
     channels = [int(index) for index in layer.amax_exceptions]
@@ -174,8 +213,8 @@ def _validate_layer(name: str, layer: Layer, tensors: dict[str, torch.Tensor], w
     if layer.smoothed:
         wanted["pre_quant_scale"] = ((shape[1],), (torch.float32, *SIXTEEN_BITS))
     if layer.rank:
-        wanted["svd_up"] = ((shape[0], layer.rank), SIXTEEN_BITS)
-        wanted["svd_down"] = ((layer.rank, shape[1]), SIXTEEN_BITS)
+        wanted["svd_up"] = ((shape[0], layer.rank), (torch.float32, *SIXTEEN_BITS))
+        wanted["svd_down"] = ((layer.rank, shape[1]), (torch.float32, *SIXTEEN_BITS))
     for key in ("weight", *SCALE_SUFFIXES):
         value = tensors.get(f"{name}.{key}")
         if key not in wanted:
@@ -201,11 +240,11 @@ def _validate_values(name: str, key: str, value: torch.Tensor, where: str) -> No
         return
     values = value.float()
     good = torch.isfinite(values)
-    if value.dtype == torch.float32 or key == "pre_quant_scale":
+    if key.startswith("svd"):
+        rule = "finite"
+    elif key != "weight_amax" and (value.dtype == torch.float32 or key == "pre_quant_scale"):
         good &= values > 0
         rule = "positive and finite"
-    elif key.startswith("svd"):
-        rule = "finite"
     else:
         good &= values >= 0
         rule = "finite and not negative"

@@ -16,7 +16,7 @@ import torch
 
 from ..utils.files import save_safetensors
 from . import FORMATS
-from .checkpoint import FORMAT_VERSION, REMEDY, Layer, QuantizedCheckpoint
+from .checkpoint import FORMAT_VERSION, REMEDY, Input, Layer, QuantizedCheckpoint
 
 PREFIX = "modelopt."
 HEADER = "modelopt"
@@ -27,11 +27,13 @@ HEADER_TYPES = {
     "quality": (dict, type(None)),
     "versions": (dict, type(None)),
     "baked_patches": (int, type(None)),
+    "imported": (dict, type(None)),
 }
 # what the reports read of them
 INNER_TYPES = {
     "source": {"name": str, "sha256": str},
     "calibration": {"records": int, "runs": int},
+    "imported": {"kind": str, "notes": list},
     "quality": {"sqnr_db": (int, float), "worst_sqnr_db": (int, float), "records": int},
 }
 COMFY_HEADER = "_quantization_metadata"
@@ -40,7 +42,7 @@ COMFY_HEADER = "_quantization_metadata"
 def comfy_config(layer: Layer) -> dict:
     """What ComfyUI's markers say of a layer."""
     config: dict = {"format": layer.comfy_format}
-    if not FORMATS[layer.format].ACTIVATIONS:
+    if layer.weight_only:
         config["full_precision_matrix_mult"] = True
     return config
 
@@ -67,10 +69,12 @@ def write(
     prefix = "" if stock else PREFIX
     tensors = {prefix + name: tensor for name, tensor in marked(checkpoint).items()}
     names = {prefix + name: comfy_config(x) for name, x in checkpoint.layers.items()}
+    inputs = {name: dataclasses.asdict(x) for name, x in checkpoint.inputs.items()}
     header = {
         **checkpoint.header,
         "format_version": FORMAT_VERSION,
         "layers": {name: dataclasses.asdict(x) for name, x in checkpoint.layers.items()},
+        **({"inputs": inputs} if inputs else {}),
         "opens_in": ["comfyui", "comfyui-modelopt"] if stock else ["comfyui-modelopt"],
     }
     metadata = {
@@ -110,8 +114,14 @@ def parse(
     layers = header.pop("layers", None)
     if not isinstance(layers, dict):
         raise ValueError(f"the header must list the quantized layers, {where} does not: {REMEDY}")
+    inputs = header.pop("inputs", {})
+    if not isinstance(inputs, dict):
+        raise ValueError(f"inputs of the header must be a table, {where} has none: {REMEDY}")
     checkpoint = QuantizedCheckpoint(
-        tensors, {name: _layer(name, entry, where) for name, entry in layers.items()}, header
+        tensors,
+        {name: _layer(name, entry, where) for name, entry in layers.items()},
+        header,
+        {name: _input(name, entry, where) for name, entry in inputs.items()},
     )
     checkpoint.validate(where)
     return checkpoint
@@ -175,9 +185,9 @@ def _layer(name: str, entry, where: str) -> Layer:
         _fail_entry("shape", "a list of sizes", name, shape, where)
     if type(rank) is not int or rank < 0:
         _fail_entry("rank", "a number from 0", name, rank, where)
-    dynamic = entry.get("dynamic", False)
-    if type(dynamic) is not bool:
-        _fail_entry("dynamic", "true or false", name, dynamic, where)
+    activations = entry.get("activations", "")
+    if not isinstance(activations, str):
+        _fail_entry("activations", "a word", name, activations, where)
     amax, exceptions = entry.get("input_amax"), entry.get("amax_exceptions", {})
     if amax is not None and not isinstance(amax, (int, float)):
         _fail_entry("input_amax", "a number", name, amax, where)
@@ -189,10 +199,20 @@ def _layer(name: str, entry, where: str) -> Layer:
         **{key: entry[key] for key in fields},
         shape=None if shape is None else tuple(shape),
         rank=rank,
-        dynamic=dynamic,
+        activations=activations,
         input_amax=amax,
         amax_exceptions=exceptions,
     )
+
+
+def _input(name: str, entry, where: str) -> Input:
+    entry = entry if isinstance(entry, dict) else {}
+    form, amax = entry.get("format"), entry.get("amax")
+    if form not in ("int8", "fp8"):
+        _fail_entry("the format of the input", "int8 or fp8", name, form, where)
+    if not isinstance(amax, (int, float)) or not 0 < amax < float("inf"):
+        _fail_entry("the amax of the input", "a positive number", name, amax, where)
+    return Input(form, amax)
 
 
 def _fail_entry(key: str, rule: str, name: str, found, where: str) -> None:

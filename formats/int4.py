@@ -3,7 +3,7 @@
 Rounding is ModelOpt's (`round(w * (7 / amax))`, clipped to -8..7); a block's largest magnitude is
 stored instead of its scale, because it is a 16-bit number where the weights are, and then gives
 ModelOpt's fake-quantized weight back to the last bit; from 32-bit weights it is rounded to 16 bits,
-the integers being ModelOpt's all the same. The last block of a row may be shorter.
+the integers being ModelOpt's all the same (an import keeps it in 32 instead). The last block of a row may be shorter.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def stored(shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], tuple[tor
     n, k = blocks.flat_shape(shape)
     return {
         "weight": ((n, -(-k // 2)), (torch.uint8,)),
-        "weight_amax": ((n, -(-k // BLOCK)), (torch.float16, torch.bfloat16)),
+        "weight_amax": ((n, -(-k // BLOCK)), (torch.float16, torch.bfloat16, torch.float32)),
     }
 
 
@@ -72,8 +72,11 @@ def _steps(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(dead, 0.0, step), torch.where(dead, 1.0, step)
 
 
-def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
-    """[N, ...] float and its block maxima -> packed uint8 `weight`, 16-bit `weight_amax`.
+def quantize(
+    weight: torch.Tensor, amax: torch.Tensor, exact: bool = False
+) -> dict[str, torch.Tensor]:
+    """[N, ...] float and its block maxima -> packed uint8 `weight`, `weight_amax` in 16 bits, or in
+    32 if it must be `exact` and is not in 16.
 
     Codes are value + 8, so that every byte is two numbers of 0..15, the first in the high nibble.
     """
@@ -81,6 +84,8 @@ def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor
     n, k = flat.shape
     amax = amax.reshape(n, -1).float()
     kept = in_sixteen_bits(amax)
+    if exact and not torch.equal(kept.float(), amax):
+        kept = amax
     amax = torch.where(kept.float() <= AMAX_EPSILON, 0.0, amax)
     step, _ = _steps(amax)
     in_blocks = blocks.padded(flat, 1, BLOCK).reshape(n, -1, BLOCK)

@@ -43,11 +43,13 @@ def weight_amax(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def quantize(
-    weight: torch.Tensor, amax: tuple[torch.Tensor, torch.Tensor]
+    weight: torch.Tensor, amax: tuple[torch.Tensor, torch.Tensor], exact: bool = False
 ) -> dict[str, torch.Tensor]:
     """[N, ...] float, its block maxima and its amax -> as int4, and float32 scalar `weight_amax_2`."""
     whole = amax[1].float().reshape(())
-    return int4.quantize(weight, amax[0]) | {"weight_amax_2": torch.where(whole > 0, whole, 1.0)}
+    return int4.quantize(weight, amax[0], exact) | {
+        "weight_amax_2": torch.where(whole > 0, whole, 1.0)
+    }
 
 
 def to_fp8(

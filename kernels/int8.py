@@ -31,6 +31,11 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() / scale).round_().clamp_(QMIN, QMAX), scale
 
 
+def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Float activations, scalar scale -> float32 integers in -128..127."""
+    return (x.float() / scale).round_().clamp_(QMIN, QMAX)
+
+
 def matmul_exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Integer-valued float32 [M, K] and int8 [N, K] -> exact integer accumulators int32 [M, N]."""
     if a.is_cuda:
@@ -60,13 +65,17 @@ def linear_reference(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
+    input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [..., K] float, weight int8 [N, K], weight_scale float32 [N, 1] -> [..., N] in x's dtype.
 
-    Activations are quantized per token (row) with a dynamic scale.
+    Activations are quantized with the scalar input_scale, or per token (row) where there is none.
     """
     flat = x.reshape(-1, x.shape[-1])
-    q, scale = quantize_per_token(flat)
+    if input_scale is None:
+        q, scale = quantize_per_token(flat)
+    else:
+        q, scale = quantize(flat, input_scale), input_scale
     acc = matmul_exact(q, weight).float()
     out = acc.mul_(scale * weight_scale.reshape(1, -1)).to(x.dtype)
     if bias is not None:
@@ -133,7 +142,7 @@ def conv2d_reference(
 
     Returns [N, K, P, Q] in x's dtype. Zero padding is exact: zero quantizes to zero.
     """
-    q = (x.float() / input_scale).round_().clamp_(QMIN, QMAX)
+    q = quantize(x, input_scale)
     acc = conv2d_accumulate(q, weight, stride, padding, dilation)
     out = acc.mul_((input_scale * weight_scale).reshape(1, -1, 1, 1))
     if bias is not None:
@@ -147,13 +156,13 @@ def fake_quantize(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     return (x.float() * step).round_().clamp_(QMIN, QMAX) / step
 
 
-def linear_fake(x, weight, weight_amax, bias):
+def linear_fake(x, input_amax, weight, weight_amax, bias):
     """`linear_reference` as ModelOpt simulates it: float32 products of fake-quantized values.
 
     For verification: bit-identical to ModelOpt's module where it is given the same input, which
     integer products are not (they agree to float32 rounding).
     """
-    q = fake_quantize(x, x.float().abs().amax(dim=-1, keepdim=True))
+    q = fake_quantize(x, input_amax)
     return F.linear(q, _fake_weight(weight, weight_amax), _float(bias)).to(x.dtype)
 
 

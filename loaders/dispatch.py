@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ..formats import FORMATS
-from ..formats.checkpoint import Layer
+from ..formats.checkpoint import STATIC, Layer
 from ..kernels import blocks as block_kernels
 from ..kernels import fp8 as fp8_kernels
 from ..kernels import int8 as int8_kernels
@@ -42,7 +42,7 @@ class Kernel:
 
 
 def _int8_linear(x, input_scale, weight, bias):
-    return int8_kernels.linear_reference(x, weight._qdata, weight._params.scale, bias)
+    return int8_kernels.linear_reference(x, weight._qdata, weight._params.scale, bias, input_scale)
 
 
 def _int8_conv2d(x, input_scale, weight, bias, *geometry):
@@ -108,12 +108,15 @@ def choose(
     found = capability.support(layer.format, layer.kind, gpu)
     if found.level == REFUSED:
         raise ValueError(f"{found.why}: load the file on another device or quantize to int8")
-    if not FORMATS[layer.format].ACTIVATIONS:
+    if layer.weight_only:
         return Kernel(f"{what}: weights in {FORMATS[layer.format].BITS} bits", "weight-only", "")
     if arithmetic == FAKE and key in simulation.SIMULATED:
         run = simulation.of(layer)
-        return Kernel(f"{what}: ModelOpt's simulation", "simulated", "asked for", run)
+        return Kernel(f"{what}: ModelOpt's simulation", "simulated", "", run)
     reason = native.why_not(layer.format, shape or layer.shape or (0, 0), dtype)
+    if found.level == NATIVE and layer.format == "int8" and layer.activations == STATIC:
+        why = "comfy-kitchen's INT8 scales activations per token only"
+        return Kernel(f"{what}: exact reference", EMULATED, why, REFERENCE[key])
     if found.level == NATIVE and key in NATIVE_KERNELS and reason is not None:
         return Kernel(f"{what}: dequantized", "dequantized", reason)
     if found.level == NATIVE and key in NATIVE_KERNELS:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..formats.checkpoint import Layer
+from ..formats.checkpoint import Input, Layer
+from ..kernels import fp8, int8
 from . import layouts, patching
 from .dispatch import Kernel
 
@@ -21,12 +22,14 @@ class QuantizedOp:
     """What Linear and Conv2d share. `weight` is a QuantizedTensor once a quantized layer is loaded."""
 
     kernel: Kernel | None = None
+    rounding: Input | None = None
     KIND = ""
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ):
         layer = self.LAYERS.get(prefix.removesuffix("."))
+        self.rounding = self.INPUTS.get(prefix.removesuffix("."))
         if layer is None:
             weight = state_dict.get(prefix + "weight")
             if weight is not None and self._wrong_shape(prefix, weight, errors):
@@ -116,7 +119,7 @@ class QuantizedOp:
 
     def forward(self, input, *args, **kwargs):
         if not isinstance(self.weight, QuantizedTensor):
-            return super().forward(input, *args, **kwargs)
+            return super().forward(_rounded(input, self.rounding), *args, **kwargs)
         comfy.ops.run_every_op()
         dense = self._needs_float_weight(input)
         weight, bias, stream = comfy.ops.cast_bias_weight(
@@ -142,21 +145,33 @@ class QuantizedOp:
         return None if scale is None else scale.to(input.device)
 
 
+def _rounded(x: torch.Tensor, rounding: Input | None) -> torch.Tensor:
+    """ModelOpt's fake quantization of the input of a module that is not quantized itself."""
+    if rounding is None:
+        return x
+    kernels = {"int8": int8, "fp8": fp8}[rounding.format]
+    return kernels.fake_quantize(x, torch.tensor(rounding.amax, device=x.device)).to(x.dtype)
+
+
 def _branch(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """x [..., in] through down [r, in] and up [out, r]."""
     return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
 
 
-def quantized_ops(compute_dtype: torch.dtype, layers: dict[str, Layer], choose) -> type:
+def quantized_ops(
+    compute_dtype: torch.dtype, layers: dict[str, Layer], inputs: dict[str, Input], choose
+) -> type:
     """The ops class for one model.
 
     compute_dtype: what activations and unquantized weights are computed in.
-    layers: module name -> what the file says of it; `choose(layer, shape)` answers its kernel.
+    layers: module name -> what the file says of it; inputs: of unquantized ones, the same;
+    `choose(layer, shape)` answers a layer's kernel.
     """
     base = comfy.ops.mixed_precision_ops({}, compute_dtype)
 
     class Shared(QuantizedOp):
         LAYERS = layers
+        INPUTS = inputs
         COMPUTE_DTYPE = compute_dtype
         CHOOSE = staticmethod(choose)
 
@@ -199,5 +214,15 @@ def quantized_ops(compute_dtype: torch.dtype, layers: dict[str, Layer], choose) 
 
             def _run_dense(self, input, weight, bias):
                 return self._conv_forward(input, weight, bias)
+
+        class LayerNorm(base.LayerNorm):
+            rounding: Input | None = None
+
+            def _load_from_state_dict(self, state_dict, prefix, *args):
+                self.rounding = inputs.get(prefix.removesuffix("."))
+                super()._load_from_state_dict(state_dict, prefix, *args)
+
+            def forward(self, input):
+                return super().forward(_rounded(input, self.rounding))
 
     return Ops

@@ -3,49 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from ..formats import int8
+from .. import formats
 from ..formats.checkpoint import Layer
 from ..kernels import fp8 as fp8_kernels
 from ..kernels import int8 as int8_kernels
 
-SIMULATED = frozenset((name, kind) for name in ("int8", "fp8") for kind in ("linear", "conv2d"))
+SIMULATED = frozenset(
+    (name, kind) for name in ("int8", "fp8", "w4a8") for kind in ("linear", "conv2d")
+)
 
 
 def of(layer: Layer) -> Callable:
     """run(x, input_scale, weight, bias, *geometry) of a layer that is in SIMULATED."""
-    amax = torch.tensor(layer.input_amax or 0.0)
 
-    def weight_amax(scale):
-        found = int8.amax_of(scale)
-        for channel, value in layer.amax_exceptions.items():
-            found[int(channel)] = value
-        return found
+    def input_amax(x):
+        if layer.static:
+            return torch.tensor(layer.input_amax or 0.0, device=x.device)
+        return x.float().abs().amax(dim=-1, keepdim=True)
 
-    def int8_linear(x, input_scale, weight, bias):
-        w_amax = weight_amax(weight._params.scale)
-        return int8_kernels.linear_fake(x, weight._qdata, w_amax, bias)
+    def int8(function, x, input_scale, weight, bias, *geometry):
+        amax = _weight_amax(layer, weight._params.scale)
+        return function(x, input_amax(x), weight._qdata, amax, bias, *geometry)
 
-    def int8_conv2d(x, input_scale, weight, bias, *geometry):
-        w_amax = weight_amax(weight._params.scale)
-        x_amax = amax.to(x.device)
-        return int8_kernels.conv2d_fake(x, x_amax, weight._qdata, w_amax, bias, *geometry)
-
-    def fp8_linear(x, input_scale, weight, bias):
+    def fp8(function, x, input_scale, weight, bias, *geometry):
         scale = weight._params.scale
-        x_amax = x.abs().amax(dim=-1, keepdim=True) if layer.dynamic else amax.to(x.device)
-        return fp8_kernels.linear_fake(x, x_amax, weight._qdata, scale, bias)
+        return function(x, input_amax(x), weight._qdata, scale, bias, *geometry)
 
-    def fp8_conv2d(x, input_scale, weight, bias, *geometry):
-        scale = weight._params.scale
-        return fp8_kernels.conv2d_fake(x, amax.to(x.device), weight._qdata, scale, bias, *geometry)
+    def w4a8(function, x, input_scale, weight, bias, *geometry):
+        stored = weight.layout_cls.stored(weight._qdata, weight._params)
+        values, scale = formats.w4a8.to_fp8(stored, weight._params.orig_shape)
+        return function(x, input_amax(x), values, scale, bias, *geometry)
 
-    table = {
-        ("int8", "linear"): int8_linear,
-        ("int8", "conv2d"): int8_conv2d,
-        ("fp8", "linear"): fp8_linear,
-        ("fp8", "conv2d"): fp8_conv2d,
-    }
-    return table[(layer.format, layer.kind)]
+    run = {"int8": int8, "fp8": fp8, "w4a8": w4a8}[layer.format]
+    kernels = int8_kernels if layer.format == "int8" else fp8_kernels
+    return partial(run, kernels.linear_fake if layer.kind == "linear" else kernels.conv2d_fake)
+
+
+def _weight_amax(layer: Layer, scale: torch.Tensor) -> torch.Tensor:
+    """The amax that the scales were made from; a weight patched since then has others."""
+    found = formats.int8.amax_of(scale)
+    for channel, value in layer.amax_exceptions.items():
+        index = int(channel)
+        kept = torch.tensor(value, device=scale.device)
+        found[index] = torch.where(kept / formats.int8.QMAX == scale[index], kept, found[index])
+    return found

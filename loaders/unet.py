@@ -71,9 +71,12 @@ def load(
     tensors = _seen_by_detection(checkpoint, compute_dtype)
     as_stock = checkpoint.opens_in_stock
     gpu = describe(device)
+    if arithmetic == dispatch.AUTO and gpu.capability is None and checkpoint.header.get("imported"):
+        arithmetic = dispatch.FAKE  # there is no kernel to win, and this is what ModelOpt computes
     operations = ops.quantized_ops(
         compute_dtype,
         checkpoint.layers,
+        checkpoint.inputs,
         lambda layer, shape: dispatch.choose(
             layer, gpu, as_stock, arithmetic, shape, compute_dtype
         ),
@@ -132,6 +135,7 @@ class Loaded:
     def __init__(self, header: dict, checkpoint: QuantizedCheckpoint):
         self.header = header
         self.layers = dict(checkpoint.layers)
+        self.inputs = dict(checkpoint.inputs)
         self.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
 
 
@@ -172,7 +176,7 @@ def to_checkpoint(model) -> QuantizedCheckpoint:
         name = key.removeprefix(UNET).rpartition(".")[0]
         if name in layers:
             layers[name] = dataclasses.replace(layers[name], amax_exceptions={})
-    return QuantizedCheckpoint(tensors, layers, header)
+    return QuantizedCheckpoint(tensors, layers, header, dict(info.inputs))
 
 
 def _store_patched(model, key: str, tensors: dict[str, torch.Tensor], info: Loaded) -> None:
@@ -237,6 +241,9 @@ def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], 
         )
     stray = [
         name for name in checkpoint.layers if getattr(modules.get(name), "kernel", None) is None
+    ]
+    stray += [
+        name for name in checkpoint.inputs if getattr(modules.get(name), "rounding", None) is None
     ]
     if stray:
         raise ValueError(

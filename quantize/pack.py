@@ -75,7 +75,7 @@ def _pack_layer(
         smoothed=one.smooths,
         shape=tuple(weight.shape) if numerics.BLOCK is not None else None,
         rank=stored["svd_down"].shape[0] if "svd_down" in stored else 0,
-        dynamic=one.dynamic,
+        activations=one.activations,
         input_amax=input_amax,
         amax_exceptions=exceptions,
     )

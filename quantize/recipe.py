@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..formats import FORMATS, get
-from ..formats.checkpoint import shaping_layers
+from ..formats.checkpoint import PER_TOKEN, STATIC, Layer, shaping_layers
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
@@ -27,7 +27,6 @@ ALGORITHMS = {
 # algorithms that search a smoothing scale for each Linear in ModelOpt's AWQ
 AWQ = (AWQ_LITE, AWQ_FULL, SVDQUANT)
 # how Linears' activations get their scale, where a format has the choice
-STATIC, PER_TOKEN = "static", "per token"
 ACTIVATIONS = {"fp8": (STATIC, PER_TOKEN)}
 # algorithm -> its own options
 OPTIONS = {SMOOTHQUANT: ("alpha", "convolutions"), PERCENTILE: ("percentile",), SVDQUANT: ("rank",)}
@@ -95,13 +94,13 @@ class Recipe:
 class LayerPlan:
     """What is done to one layer.
 
-    algorithm: MAX where the recipe's does not apply to it. dynamic: see `Layer`.
+    algorithm: MAX where the recipe's does not apply to it. activations: see `Layer`.
     """
 
     kind: str
     format: str
     algorithm: str
-    dynamic: bool = False
+    activations: str = ""
 
     @property
     def smooths(self) -> bool:
@@ -111,7 +110,7 @@ class LayerPlan:
     @property
     def static(self) -> bool:
         """Whether the layer's activations have a calibrated scale."""
-        return FORMATS[self.format].needs_input_scale(self.kind) and not self.dynamic
+        return Layer(self.format, self.kind, activations=self.activations).static
 
     @property
     def calibrates(self) -> bool:
@@ -134,8 +133,8 @@ def plan(
         if reason is not None:
             form, algorithm = FORMATS[recipe.format].SECOND, MAX
             moved.setdefault((form, reason), []).append(name)
-        dynamic = recipe.activations == PER_TOKEN and kind == "linear" and form == recipe.format
-        plans[name] = LayerPlan(kind, form, algorithm, dynamic)
+        per_token = recipe.activations == PER_TOKEN and kind == "linear" and form == recipe.format
+        plans[name] = LayerPlan(kind, form, algorithm, PER_TOKEN if per_token else "")
     notes = [
         f"{len(names)} layers in {form} instead of {recipe.format}, because {reason}: "
         + ", ".join(names)

@@ -118,6 +118,9 @@ def model_report(
         else "Made from: unknown file",
         "Made with: " + ", ".join(f"{name} {number}" for name, number in sorted(versions.items())),
     ]
+    imported = header.get("imported")
+    if imported:
+        lines += [f"Imported from: {imported['kind']}", *map(str, imported["notes"])]
     if header.get("baked_patches"):
         lines.append(f"{header['baked_patches']} weights carry baked-in patches (LoRA)")
     return "\n".join(lines)

@@ -83,7 +83,7 @@ EDITS = {
     "branch of a convolution": (layer(rank=2), "smoothing and branches are for linear layers"),
     "packed without a shape": (layer(format="int4"), "must state its shape"),
     "another shape": (layer(format="int4", shape=[4, 200, 3, 3]), r"shape \(4, 900\)"),
-    "dynamic convolution": (layer(dynamic=True), "dynamic is for fp8 linear layers"),
+    "unknown activations": (layer(activations="per token"), "activations of a.conv must be one of"),
     "smoothed convolution": (layer(smoothed=True), "smoothing and branches are for linear layers"),
     "exceptions beyond the channels": (layer(amax_exceptions={"9": 1.0}), "must be below 4"),
     "quality a word": (

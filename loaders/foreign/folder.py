@@ -1,0 +1,93 @@
+"""A folder that diffusers or ModelOpt wrote: config.json and safetensors, in shards or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import comfy.utils
+import torch
+
+from ...formats import files
+
+STATE = "modelopt_state.pth"
+COMPONENTS = ("unet",)
+CONFIG = "config.json"
+AGAIN = "get the whole folder again"
+
+
+def component(path: Path) -> Path:
+    """The folder of the UNet: of a pipeline its subfolder, else the folder itself."""
+    for name in COMPONENTS:
+        if (path / name / CONFIG).is_file() and not (path / CONFIG).is_file():
+            return path / name
+    return path
+
+
+def config(path: Path) -> dict:
+    """config.json of a folder. Raises ValueError where it is missing or no object."""
+    file = path / CONFIG
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"an exported folder must hold {CONFIG}, {path} does not: name the folder that "
+            "save_pretrained or export_hf_checkpoint wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} must be JSON, found {error}: {AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} must be a JSON object, found {type(found).__name__}: {AGAIN}")
+    return found
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the folder, memory-mapped. Raises ValueError where a file is missing."""
+    indexes = sorted(path.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise ValueError(f"an exported folder must hold one index, {path} holds {len(indexes)}")
+    if not indexes:
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ValueError(
+                f"an exported folder must hold one .safetensors file or an index of several, "
+                f"{path} holds {len(found)}: {AGAIN}"
+            )
+        return _read(found[0])
+    names = _shards(indexes[0])
+    merged: dict[str, torch.Tensor] = {}
+    for shard in sorted(set(names.values())):
+        if not (path / shard).is_file():
+            raise ValueError(
+                f"every shard of the index must be there, {path / shard} is missing: {AGAIN}"
+            )
+        merged |= _read(path / shard)
+    missing = sorted(names.keys() - merged.keys())
+    if missing:
+        raise ValueError(
+            f"the shards must hold every tensor of the index, {path} lacks {len(missing)}, the "
+            f"first {missing[0]}: {AGAIN}"
+        )
+    return merged
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, which must stay in the folder."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        good = all(isinstance(n, str) and n.endswith(".safetensors") for n in names.values())
+        good = good and all(Path(n).name == n for n in names.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"an index must hold a weight_map, {index} has {error!r}: {AGAIN}"
+        ) from error
+    if not good:
+        raise ValueError(
+            f"an index must name .safetensors files of its folder, {index} does not: {AGAIN}"
+        )
+    return names
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    files.check_readable(file)
+    return comfy.utils.load_torch_file(str(file))

@@ -1,0 +1,59 @@
+"""Names of a diffusers UNet -> ComfyUI's, through ComfyUI's own table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import comfy.utils
+from comfy.model_detection import count_blocks
+
+COMFYUI = "input_blocks.0.0.weight"
+DIFFUSERS = "conv_in.weight"
+
+
+def modules(keys: Collection[str], where: str) -> dict[str, str]:
+    """Names of a UNet's weights and biases -> each of its modules' name in ComfyUI's UNet.
+
+    Names that are ComfyUI's already stay. Raises ValueError for another architecture.
+    """
+    own = {key.rpartition(".")[0] for key in keys}
+    if COMFYUI in keys:
+        return {name: name for name in own}
+    if DIFFUSERS not in keys:
+        raise ValueError(
+            f"the checkpoint must be of a UNet, with {DIFFUSERS} or {COMFYUI}, {where} holds "
+            f"{', '.join(sorted(keys)[:3]) or 'nothing'}, …: import the UNet of an SD1.5 or SDXL "
+            "pipeline"
+        )
+    table = {
+        theirs.rpartition(".")[0]: ours.rpartition(".")[0]
+        for theirs, ours in comfy.utils.unet_to_diffusers(_config(keys)).items()
+    }
+    unknown = sorted(own - table.keys())
+    if unknown:
+        raise ValueError(
+            f"every module must be one that ComfyUI's UNet has, {where} has {len(unknown)} others, "
+            f"the first {unknown[0]}: this architecture cannot be imported"
+        )
+    return {name: table[name] for name in own}
+
+
+def _config(keys: Collection[str]) -> dict[str, object]:
+    """What ComfyUI's table depends on, counted from the names of a diffusers UNet."""
+
+    def count(pattern: str) -> int:
+        return count_blocks(keys, pattern)
+
+    def depths(block: str, resnets: int) -> list[int]:
+        return [count(f"{block}.attentions.{i}.transformer_blocks.{{}}.") for i in range(resnets)]
+
+    levels = range(count("down_blocks.{}."))
+    down = [count(f"down_blocks.{i}.resnets.{{}}.") for i in levels]
+    up = [d for i in levels for d in depths(f"up_blocks.{i}", down[-1 - i] + 1)]
+    return {
+        "num_res_blocks": down,
+        "channel_mult": list(levels),  # only its length counts
+        "transformer_depth": [d for i in levels for d in depths(f"down_blocks.{i}", down[i])],
+        "transformer_depth_output": up[::-1],
+        "transformer_depth_middle": count("mid_block.attentions.0.transformer_blocks.{}."),
+    }

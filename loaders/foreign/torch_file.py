@@ -1,0 +1,44 @@
+"""Files that torch.save wrote, read as data: nothing in them is executed."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+def load(path: Path) -> object:
+    """What the file holds, tensors memory-mapped on the CPU. Raises ValueError in house form.
+
+    Only torch's zip form, which torch.save writes since 1.6; read with `weights_only`. Beside
+    plain data ModelOpt's files hold slices.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"a checkpoint must be in torch.save's zip form, {path} is not: it is damaged, or "
+            "written by an old torch; save it again with mto.save"
+        )
+    try:
+        # leaving the context takes away what it allowed, even where it was allowed before
+        known = slice in torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals([] if known else [slice]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"a checkpoint must hold data only, {path} holds something else and was not opened "
+            f"({_cause(error)}): do not use this file unless you know who made it and why"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"a checkpoint must be a whole file of torch.save, {path} is not ({_cause(error)}): "
+            "get it again"
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    """The sentence of torch's message that names what was found."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "WeightsUnpickler error" in line or "GLOBAL" in line]
+    return (named or lines or [type(error).__name__])[0][:200]

@@ -1,0 +1,110 @@
+"""ModelOpt's unified export: packed weights and their scales beside them, under diffusers' names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...formats import FORMATS
+from ...formats.checkpoint import KINDS, PER_TOKEN, SIXTEEN, STATIC, Layer
+from . import stored as convert
+
+BESIDE = (
+    "weight_scale",
+    "weight_scale_2",
+    "input_scale",
+    "pre_quant_scale",
+    "svdquant_lora_a",
+    "svdquant_lora_b",
+)
+DAMAGED = "the export is damaged or of a ModelOpt that this pack does not know"
+
+
+def split(tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
+    """An export's tensors -> the plain ones, and for each quantized module what stands beside it."""
+    plain, beside = {}, {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf in BESIDE:
+            beside.setdefault(module, {})[leaf] = tensor
+        else:
+            plain[key] = tensor
+    return plain, beside
+
+
+def layer(
+    name: str, weight: torch.Tensor, beside: Mapping[str, torch.Tensor], dynamic: bool, where: str
+) -> tuple[dict[str, torch.Tensor], Layer]:
+    """One exported layer -> its tensors and what the file says of it.
+
+    dynamic: the export's config says that activations are scaled while the model runs. Raises
+    ValueError in house form.
+    """
+    found, tensors, shape = _stored(name, weight, beside, where)
+    kind = KINDS.get(len(shape))
+    numerics = FORMATS[found]
+    scale = beside.get("input_scale")
+    if found in ("fp8", "int8", "w4a8"):
+        way = STATIC if scale is not None else PER_TOKEN if dynamic else SIXTEEN
+        own = {"fp8": STATIC, "int8": PER_TOKEN if kind == "linear" else STATIC, "w4a8": STATIC}
+        way = "" if way == own[found] else way
+    else:
+        way = ""
+        if found in ("nvfp4", "mxfp8") and scale is None and not dynamic:
+            way = SIXTEEN
+    amax = None
+    made = Layer(found, kind, activations=way)
+    if scale is not None and (made.static or found == "nvfp4"):
+        tensors["input_scale"] = scale.float().reshape(())
+        factor = {"int8": 127.0, "nvfp4": 6.0 * 448.0}.get(found, 448.0)
+        amax = tensors["input_scale"].item() * factor
+    smoothing = beside.get("pre_quant_scale")
+    if smoothing is not None:
+        tensors["pre_quant_scale"] = smoothing.reshape(-1)
+    up, down = beside.get("svdquant_lora_b"), beside.get("svdquant_lora_a")
+    if up is not None and down is not None:
+        tensors["svd_up"], tensors["svd_down"] = up, down
+    layer = Layer(
+        found,
+        kind,
+        smoothed=smoothing is not None,
+        shape=shape if numerics.BLOCK is not None else None,
+        rank=0 if up is None else up.shape[1],
+        activations=way,
+        input_amax=amax,
+    )
+    return tensors, layer
+
+
+def _stored(name: str, weight: torch.Tensor, beside: Mapping[str, torch.Tensor], where: str):
+    """Format, tensors of the format, shape of the weight."""
+    scale, scale_2 = beside.get("weight_scale"), beside.get("weight_scale_2")
+    found = (weight.dtype, None if scale is None else scale.dtype, scale_2 is not None)
+    shape = tuple(weight.shape)
+    size = 0 if scale is None else scale.numel()
+    f32 = found[1] in (torch.float32, torch.float16, torch.bfloat16)
+    if found[0] == torch.float8_e4m3fn and f32 and size == 1:
+        return "fp8", convert.fp8(weight, scale), shape
+    if found[:2] == (torch.float8_e4m3fn, torch.uint8) and tuple(scale.shape) == (
+        shape[0],
+        shape[-1] // 32,
+    ):
+        return "mxfp8", convert.mxfp8_blocks(weight, scale), shape
+    if found[0] == torch.int8 and f32 and size in (1, shape[0]):
+        return "int8", convert.int8(weight, scale), shape
+    if found[0] == torch.uint8 and found[1] == torch.float8_e4m3fn and scale_2 is not None:
+        shape = (shape[0], 2 * shape[1])
+        if tuple(scale.shape) == (shape[0], shape[1] // 16):
+            return "nvfp4", convert.nvfp4_pairs(weight, scale, scale_2), shape
+    if found[0] == torch.uint8 and f32 and len(shape) == 2:
+        shape = (2 * shape[0], shape[1])
+        if tuple(scale.shape) == (shape[0], -(-shape[1] // 128)):
+            if scale_2 is None:
+                return "int4", convert.int4_rows(weight, scale), shape
+            return "w4a8", convert.w4a8(weight, scale, scale_2), shape
+    raise ValueError(
+        f"a quantized layer must be in a format of {', '.join(FORMATS)}, {name} in {where} has a "
+        f"{weight.dtype} weight {tuple(weight.shape)} with "
+        f"{'no scale' if scale is None else f'a {scale.dtype} scale {tuple(scale.shape)}'}: {DAMAGED}"
+    )
