@@ -80,6 +80,12 @@ def cmd_demo(env: Environment, args: argparse.Namespace, extra: list[str]) -> in
     return run(command, env, cwd=Path.cwd())
 
 
+def cmd_import(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    command: list[str | Path] = [env.python, ROOT / "dev.py", "import", args.file, "--in-venv"]
+    command += ["--out", args.out] if args.out else []
+    return run(command, env, cwd=Path.cwd())
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="dev.py",
@@ -112,6 +118,18 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
     demo.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
 
+    foreign = command(
+        "import",
+        cmd_import,
+        "turn a checkpoint that ModelOpt wrote elsewhere into a file for the Load node",
+        "Nothing in it is executed.",
+    )
+    foreign.add_argument("file", type=Path, metavar="FILE", help="a .pt of mto.save, or a folder of "
+                         "save_pretrained or export_hf_checkpoint")  # fmt: skip
+    foreign.add_argument("--out", type=Path, metavar="FILE", help="the .safetensors to write "
+                         "(default: its name, here; never overwrites)")  # fmt: skip
+    foreign.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
+
     command("test", cmd_test, "run the test suite", "Further arguments go to pytest.")
     command("check", cmd_check, "ruff, then the fast tests", "Further arguments go to pytest.")
     command(
@@ -143,6 +161,12 @@ def main(argv: list[str] | None = None) -> int:
             options = demo.check_options(args)  # before the long set-up
             if args.in_venv:
                 return demo.main(options)
+        if args.command == "import":
+            from devtools import importing
+
+            importing.check(args.file, args.out)  # before the long set-up
+            if args.in_venv:
+                return importing.main(args.file, args.out)
         return args.function(set_up(), args, extra)
     except UserError as error:
         say(f"dev.py {args.command}: {error}", file=sys.stderr)

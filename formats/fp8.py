@@ -64,6 +64,23 @@ def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> to
     return stored["weight"].float() * stored["weight_scale"]
 
 
+def amax_of(scale: torch.Tensor) -> torch.Tensor:
+    """An amax whose scale this is: float32 scalar such that 1 / (448 / amax) rounds to `scale`."""
+    near = scale * QMAX
+    found = near
+    for toward in (0.0, torch.inf):
+        candidate = near
+        for _ in range(3):
+            candidate = torch.nextafter(candidate, torch.full_like(near, toward))
+            exact = (_scale(candidate) == scale) & (_scale(found) != scale)
+            found = torch.where(exact, candidate, found)
+    return found
+
+
+def _scale(amax: torch.Tensor) -> torch.Tensor:
+    return 1.0 / (QMAX / amax)
+
+
 def input_scale(amax: torch.Tensor) -> torch.Tensor:
     """Calibrated activation amax (scalar) -> float32 scalar scale, x ≈ x_q * scale."""
     return 1.0 / _reciprocal_step(amax)

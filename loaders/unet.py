@@ -103,7 +103,8 @@ def load(
     if model is None:
         raise ValueError(f"ComfyUI could not build a UNet from {where}: {REMEDY}")
     _check_complete(model, checkpoint, expected, where)
-    header = {**checkpoint.header, "opens_in_stock": checkpoint.opens_in_stock}
+    header = {"model": type(model.model.model_config).__name__, **checkpoint.header}
+    header["opens_in_stock"] = checkpoint.opens_in_stock
     model.set_attachments(ATTACHMENT, Loaded(header, checkpoint))
     _log_kernels(model, where, gpu)
     return model

@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .calibration_prompts import CalibrationPrompts
+from .export_checkpoint import ExportCheckpoint
 from .gpu_info import GPUInfo
+from .import_checkpoint import ImportCheckpoint
 from .load_calibration import LoadCalibration
 from .load_unet import LoadUNet
 from .model_info import ModelInfo
@@ -22,6 +24,8 @@ NODES: list[type[io.ComfyNode]] = [
     Quantize,
     SaveUNet,
     LoadUNet,
+    ImportCheckpoint,
+    ExportCheckpoint,
     ModelInfo,
     GPUInfo,
 ]

@@ -8,14 +8,23 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import folder_paths
 
 CALIBRATION = "modelopt_calibration"
+CHECKPOINTS = "modelopt_checkpoints"
 UNETS = "diffusion_models"
+# folder -> its place in models/modelopt, and the files listed of it
+OWN = {
+    CALIBRATION: ("calibration", {".safetensors"}),
+    CHECKPOINTS: ("checkpoints", {".pt", ".pth"}),
+}
+# a part of a folder that ModelOpt wrote, no checkpoint by itself
+STATE = "modelopt_state.pth"
 
 
 def register() -> None:
-    """Tell ComfyUI where calibration files lie. Makes no folder; calling it again does nothing."""
-    default = os.path.join(folder_paths.models_dir, "modelopt", "calibration")
-    folder_paths.add_model_folder_path(CALIBRATION, default)
-    folder_paths.folder_names_and_paths[CALIBRATION][1].add(".safetensors")
+    """Tell ComfyUI where the pack's own files lie. Makes no folder; a second call does nothing."""
+    for folder, (place, extensions) in OWN.items():
+        default = os.path.join(folder_paths.models_dir, "modelopt", place)
+        folder_paths.add_model_folder_path(folder, default)
+        folder_paths.folder_names_and_paths[folder][1].update(extensions)
 
 
 def root_of(folder: str) -> str:
@@ -29,6 +38,30 @@ def names(folder: str) -> list[str]:
     """Files to choose from in a combo."""
     register()
     return folder_paths.get_filename_list(folder)
+
+
+def checkpoint_names() -> list[str]:
+    """What can be imported: files of mto.save, and folders that hold a config.json."""
+    found = {name for name in names(CHECKPOINTS) if os.path.basename(name) != STATE}
+    for root in folder_paths.get_folder_paths(CHECKPOINTS):
+        for config in Path(root).glob("**/config.json"):
+            place = config.parent.relative_to(root)
+            if place.parts and any(config.parent.glob("*.safetensors")):
+                found.add(place.as_posix())
+    return sorted(found)
+
+
+def find_checkpoint(name: str) -> str:
+    """Full path of a file or folder to import. Raises ValueError where there is none."""
+    register()
+    for root in folder_paths.get_folder_paths(CHECKPOINTS):
+        path = os.path.join(root, name)
+        if name and folder_paths.is_within_directory(root, path) and os.path.exists(path):
+            return path
+    raise ValueError(
+        f"a checkpoint to import must lie in {root_of(CHECKPOINTS)}, got {name!r}, which is not "
+        "there: put it there, or press R to refresh"
+    )
 
 
 def find(folder: str, name: str) -> str:
@@ -49,6 +82,20 @@ def fingerprint(folder: str, name: str) -> str:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         return "missing"
+    return _state(path)
+
+
+def checkpoint_fingerprint(name: str) -> str:
+    """Changes when the file, or a file of the folder, changes on the disk."""
+    try:
+        path = find_checkpoint(name)
+    except ValueError:
+        return "missing"
+    inside = sorted(Path(path).iterdir()) if os.path.isdir(path) else [path]
+    return "\n".join(_state(str(one)) for one in inside)
+
+
+def _state(path: str) -> str:
     state = os.stat(path)
     return f"{path}:{state.st_mtime_ns}:{state.st_size}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats import FORMATS, int8
+from ..formats import FORMATS, fp8, int8
 from ..formats.checkpoint import PER_TOKEN, Input, Layer, QuantizedCheckpoint
 from . import diffusers_unet
 from .modelopt import E4M3, INT4_BLOCKS, OFF, PER_TENSOR, quiet, require
@@ -164,7 +164,7 @@ def _set_scales(module: torch.nn.Module, layer: Layer, own: dict[str, torch.Tens
             amax[int(channel)] = value
         _fill(weights, amax)
     elif layer.format == "fp8":
-        _fill(weights, own["weight_scale"] * 448.0)
+        _fill(weights, fp8.amax_of(own["weight_scale"]))
     elif layer.format == "nvfp4":
         _fill(weights, own["weight_scale_2"] * (6.0 * 448.0))
     elif layer.format in ("int4", "w4a8"):

@@ -13,10 +13,11 @@ from .layers import DEFAULT_SKIP, LINEAR_AND_CONV
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
 AWQ_LITE, AWQ_FULL, SVDQUANT = "awq_lite", "awq_full", "svdquant"
-# format -> its algorithms, the default first: for int8 the one whose `linear only` files stock
-# ComfyUI opens, although smoothquant measures better
+# format -> its algorithms, the default first. fp8's measures best of all formats with `linear +
+# conv` (benchmarks/results); int8's is the one whose `linear only` files stock ComfyUI opens, although
+# smoothquant measures better
 ALGORITHMS = {
-    "fp8": (MAX, MSE),
+    "fp8": (MSE, MAX),
     "int8": (MAX, SMOOTHQUANT, PERCENTILE, MSE),
     "mxfp8": (MAX,),
     "nvfp4": (MAX, AWQ_LITE, SVDQUANT),

@@ -33,3 +33,8 @@ def of(path: Path, step: Callable[[], None] = lambda: None) -> str:
                 step()
         _known[key] = digest.hexdigest()
     return _known[key]
+
+
+def combined(digests: list[str]) -> str:
+    """One digest for several files: of their digests, one a line."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .names import of_model
 from .read import from_module, read
 
-__all__ = ["from_module", "read"]
+__all__ = ["from_module", "of_model", "read"]

@@ -41,33 +41,43 @@ def config(path: Path) -> dict:
     return found
 
 
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the folder, memory-mapped. Raises ValueError where a file is missing."""
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors that make up the folder's weights. Raises ValueError where one is missing."""
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
-        raise ValueError(f"an exported folder must hold one index, {path} holds {len(indexes)}")
-    if not indexes:
-        found = sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise ValueError(
-                f"an exported folder must hold one .safetensors file or an index of several, "
-                f"{path} holds {len(found)}: {AGAIN}"
-            )
-        return _read(found[0])
-    names = _shards(indexes[0])
-    merged: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(names.values())):
-        if not (path / shard).is_file():
-            raise ValueError(
-                f"every shard of the index must be there, {path / shard} is missing: {AGAIN}"
-            )
-        merged |= _read(path / shard)
-    missing = sorted(names.keys() - merged.keys())
-    if missing:
         raise ValueError(
-            f"the shards must hold every tensor of the index, {path} lacks {len(missing)}, the "
-            f"first {missing[0]}: {AGAIN}"
+            f"an exported folder must hold one index, {path} holds {len(indexes)}: {AGAIN}"
         )
+    if indexes:
+        shards = [path / name for name in sorted(set(_shards(indexes[0]).values()))]
+        missing = [shard for shard in shards if not shard.is_file()]
+        if missing:
+            raise ValueError(
+                f"every shard of the index must be there, {missing[0]} is missing: {AGAIN}"
+            )
+        return shards
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise ValueError(
+            "an exported folder must hold one .safetensors file or an index of several, "
+            f"{path} holds {len(found)}: {AGAIN}"
+        )
+    return found
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the folder, memory-mapped. Raises ValueError where something is missing."""
+    merged: dict[str, torch.Tensor] = {}
+    for file in weight_files(path):
+        files.check_readable(file)
+        merged |= comfy.utils.load_torch_file(str(file))
+    for index in path.glob("*.safetensors.index.json"):
+        missing = sorted(_shards(index).keys() - merged.keys())
+        if missing:
+            raise ValueError(
+                f"the shards must hold every tensor of the index, {path} lacks {len(missing)}, "
+                f"the first {missing[0]}: {AGAIN}"
+            )
     return merged
 
 
@@ -86,8 +96,3 @@ def _shards(index: Path) -> dict[str, str]:
             f"an index must name .safetensors files of its folder, {index} does not: {AGAIN}"
         )
     return names
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    files.check_readable(file)
-    return comfy.utils.load_torch_file(str(file))

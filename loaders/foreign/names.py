@@ -38,6 +38,15 @@ def modules(keys: Collection[str], where: str) -> dict[str, str]:
     return {name: table[name] for name in own}
 
 
+def of_model(model) -> dict[str, str]:
+    """diffusers' names of the modules of a MODEL's UNet -> ComfyUI's."""
+    own = dict(model.model.diffusion_model.named_modules())
+    table = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    pairs = ((a.rpartition(".")[0], b.rpartition(".")[0]) for a, b in table.items())
+    twice = "class_embedding." if model.model.model_config.unet_config.get("num_classes") else ""
+    return {a: b for a, b in pairs if b in own and not (twice and a.startswith(twice))}
+
+
 def _config(keys: Collection[str]) -> dict[str, object]:
     """What ComfyUI's table depends on, counted from the names of a diffusers UNet."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ...formats.checkpoint import Input, Layer, QuantizedCheckpoint
+from ...utils import sha256
 from . import folder, names, torch_file, unified
 from .quantizers import Quantizer, convert, input_of
 
@@ -15,26 +16,29 @@ ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "softmax_q
 ATTENTION += ("bmm2_output_quantizer",)
 
 
-def read(path: str | Path, step: Callable[[], None] = lambda: None) -> QuantizedCheckpoint:
+def read(
+    path: str | Path, started: Callable[[int], Callable[[], None]] = lambda total: lambda: None
+) -> QuantizedCheckpoint:
     """A file of `mto.save`, or a folder of ModelOpt's or diffusers' -> a checkpoint.
 
-    `step` is called after each layer. Nothing in the files is executed. Raises ValueError (rule,
-    value, where, remedy) for anything that is not a quantized UNet.
+    `started` is called once with the number of steps to come and answers what is called after
+    each, which may raise. Nothing in the files is executed. Raises ValueError (rule, value, where,
+    remedy) for anything that is not a quantized UNet.
     """
     path = Path(path)
     if path.is_dir():
-        return _of_folder(folder.component(path), step)
-    if not path.is_file():
+        path = folder.component(path)
+        make, sources = _of_folder(path), folder.weight_files(path)
+    elif path.is_file():
+        make, sources = _of_file(path), [path]
+    else:
         raise ValueError(f"the checkpoint must exist, {path} does not: correct the name")
-    objects = torch_file.load(path)
-    if not isinstance(objects, Mapping) or not {"modelopt_state", "model_state_dict"} <= set(
-        objects
-    ):
-        raise ValueError(
-            "a checkpoint of mto.save holds modelopt_state and model_state_dict, "
-            f"{path} does not: save the quantized UNet with mto.save(unet, file)"
-        )
-    return _restored(objects["modelopt_state"], objects["model_state_dict"], str(path), step)
+    step = started(make.steps + sum(sha256.pieces(source) for source in sources))
+    checkpoint = make(step)
+    digests = [sha256.of(source, step) for source in sources]
+    digest = digests[0] if len(digests) == 1 else sha256.combined(digests)
+    checkpoint.header["source"] = {"name": path.name, "sha256": digest}
+    return checkpoint
 
 
 def from_module(module: torch.nn.Module) -> QuantizedCheckpoint:
@@ -42,11 +46,22 @@ def from_module(module: torch.nn.Module) -> QuantizedCheckpoint:
     -> a checkpoint. The module is not changed; for quantization-aware training."""
     import modelopt.torch.opt as mto
 
-    state = mto.modelopt_state(module)
-    return _restored(state, module.state_dict(), f"the {type(module).__name__}", lambda: None)
+    where = f"the {type(module).__name__}"
+    return Restored(mto.modelopt_state(module), module.state_dict(), where)(lambda: None)
 
 
-def _of_folder(path: Path, step: Callable[[], None]) -> QuantizedCheckpoint:
+def _of_file(path: Path) -> Restored:
+    objects = torch_file.load(path)
+    wanted = {"modelopt_state", "model_state_dict"}
+    if not isinstance(objects, Mapping) or not wanted <= set(objects):
+        raise ValueError(
+            "a checkpoint of mto.save holds modelopt_state and model_state_dict, "
+            f"{path} does not: save the quantized UNet with mto.save(unet, file)"
+        )
+    return Restored(objects["modelopt_state"], objects["model_state_dict"], str(path))
+
+
+def _of_folder(path: Path) -> Restored | Exported:
     config = folder.config(path)
     found = folder.tensors(path)
     saved = any("_quantizer." in key for key in found)
@@ -56,7 +71,7 @@ def _of_folder(path: Path, step: Callable[[], None]) -> QuantizedCheckpoint:
             "it after mto.enable_huggingface_checkpointing()"
         )
     if saved:
-        return _restored(torch_file.load(path / folder.STATE), found, str(path), step)
+        return Restored(torch_file.load(path / folder.STATE), found, str(path))
     quantization = config.get("quantization_config")
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "modelopt":
         raise ValueError(
@@ -64,24 +79,34 @@ def _of_folder(path: Path, step: Callable[[], None]) -> QuantizedCheckpoint:
             f"{folder.CONFIG} or its quantizers among the tensors, {path} has neither: load it "
             "with a stock loader, or quantize it here"
         )
-    return _exported(quantization, found, str(path), step)
+    return Exported(quantization, found, str(path))
 
 
-def _exported(quantization: Mapping, tensors, where: str, step) -> QuantizedCheckpoint:
-    plain, beside = unified.split(tensors)
-    modules = names.modules(plain, where)
-    made, layers = _unquantized(plain, modules), {}
-    dynamic = _dynamic_activations(quantization)
-    for module, extra in beside.items():
-        key = f"{module}.weight"
-        if key not in plain:
-            raise ValueError(f"scales must belong to a weight, {module} in {where} has none")
-        name = modules[module]
-        stored, layers[name] = unified.layer(name, plain[key], extra, dynamic, where)
-        made |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
-        step()
-    algorithm = str(quantization.get("quant_algo"))
-    return _checkpoint(made, layers, "unified export", algorithm, [], quantization, where)
+class Exported:
+    """ModelOpt's unified export, checked: `steps` layers to convert, then a call converts them."""
+
+    def __init__(self, quantization: Mapping, tensors: Mapping[str, torch.Tensor], where: str):
+        self.quantization, self.where = quantization, where
+        self.plain, self.beside = unified.split(tensors)
+        self.modules = names.modules(self.plain, where)
+        alone = [module for module in self.beside if f"{module}.weight" not in self.plain]
+        if alone:
+            raise ValueError(
+                f"scales must belong to a weight, {alone[0]} in {where} has none: {unified.DAMAGED}"
+            )
+        self.steps = len(self.beside)
+
+    def __call__(self, step: Callable[[], None]) -> QuantizedCheckpoint:
+        made, layers = _unquantized(self.plain, self.modules), {}
+        dynamic = _dynamic_activations(self.quantization)
+        for module, extra in self.beside.items():
+            name, weight = self.modules[module], self.plain[f"{module}.weight"]
+            stored, layers[name] = unified.layer(name, weight, extra, dynamic, self.where)
+            made |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
+            step()
+        algorithm = str(self.quantization.get("quant_algo"))
+        header = _header(layers, "ModelOpt's unified export", algorithm, [])
+        return _checked(made, layers, header, {}, _version(self.quantization), self.where)
 
 
 def _dynamic_activations(quantization: Mapping) -> bool:
@@ -92,53 +117,65 @@ def _dynamic_activations(quantization: Mapping) -> bool:
     return any(isinstance(one, Mapping) and bool(one.get("dynamic")) for one in inputs)
 
 
-def _restored(saved, state, where: str, step: Callable[[], None]) -> QuantizedCheckpoint:
-    """ModelOpt's saved state and the state dict, quantizers' tensors among it -> checkpoint."""
-    states, packed, algorithm = _quantizer_states(saved, where)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(t, torch.Tensor) for t in state.values()
-    ):
-        raise ValueError(f"model_state_dict must hold tensors only, {where} does not: get it again")
-    plain, quantizers = {}, {name: Quantizer(one) for name, one in states.items()}
-    for key, tensor in state.items():
-        owner = _owner(key, quantizers)
-        if owner is None:
-            plain[key] = tensor
-        else:
-            quantizers[owner].tensors[key[len(owner) + 1 :]] = tensor
-    modules = names.modules(plain, where)
-    made, layers, notes = _unquantized(plain, modules), {}, {}
-    norms = _norms(quantizers, modules, where)
-    roundings = dict(norms)
-    for module, name in modules.items():
-        weights = quantizers.get(f"{module}.weight_quantizer")
-        if weights is None or f"{module}.weight" not in plain:
-            continue
-        inputs = quantizers.get(f"{module}.input_quantizer", Quantizer())
-        weight = plain[f"{module}.weight"]
-        if module in packed:
-            weight = _refuse_packed(module, where)
-        stored, layer, reason = convert(name, weight, weights, inputs, where)
-        made |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
-        if layer is not None:
-            layers[name] = layer
-        if reason is not None:
-            rounding = input_of(inputs)
-            rounded = "and inputs " if rounding is not None else ""
-            why = f"with weights {rounded}rounded as ModelOpt does but in floating point: {reason}"
-            notes.setdefault(why, []).append(name)
-            if rounding is not None:
-                roundings[name] = rounding
-        step()
-    sentences = [f"{len(found)} layers {why}: {', '.join(found)}." for why, found in notes.items()]
-    sentences += _left_out(quantizers)
-    if norms:
-        sentences.append(
-            f"As in ModelOpt's preset, the inputs of {len(norms)} LayerNorms are rounded."
-        )
-    made = _checkpoint(made, layers, "ModelOpt's state", algorithm, sentences, saved, where)
-    made.inputs.update(roundings)
-    return made
+class Restored:
+    """ModelOpt's saved state and the state dict, quantizers' tensors among it, checked: `steps`
+    modules to look at, then a call converts them."""
+
+    def __init__(self, saved, state, where: str):
+        self.where = where
+        self.states, self.packed, self.algorithm = _quantizer_states(saved, where)
+        self.version = saved.get("modelopt_version")
+        if not isinstance(state, Mapping) or not all(
+            isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
+        ):
+            raise ValueError(
+                f"model_state_dict must hold tensors only, {where} does not: get it again"
+            )
+        self.plain: dict[str, torch.Tensor] = {}
+        self.quantizers = {name: Quantizer(one) for name, one in self.states.items()}
+        for key, tensor in state.items():
+            owner = _owner(key, self.quantizers)
+            if owner is None:
+                self.plain[key] = tensor
+            else:
+                self.quantizers[owner].tensors[key[len(owner) + 1 :]] = tensor
+        self.modules = names.modules(self.plain, where)
+        self.steps = len(self.modules)
+
+    def __call__(self, step: Callable[[], None]) -> QuantizedCheckpoint:
+        made, layers, notes = _unquantized(self.plain, self.modules), {}, {}
+        norms = _norms(self.quantizers, self.modules, self.where)
+        inputs = dict(norms)
+        for module, name in self.modules.items():
+            step()
+            weights = self.quantizers.get(f"{module}.weight_quantizer")
+            if weights is None or f"{module}.weight" not in self.plain:
+                continue
+            if module in self.packed:
+                _refuse_packed(module, self.where)
+            given = self.quantizers.get(f"{module}.input_quantizer", Quantizer())
+            weight = self.plain[f"{module}.weight"]
+            stored, layer, reason = convert(name, weight, weights, given, self.where)
+            made |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
+            if layer is not None:
+                layers[name] = layer
+            if reason is not None:
+                rounding = input_of(given)
+                what = "weights" if rounding is None else "weights and inputs"
+                why = f"with {what} rounded as ModelOpt does but in floating point: {reason}"
+                notes.setdefault(why, []).append(name)
+                if rounding is not None:
+                    inputs[name] = rounding
+        sentences = [
+            f"{len(found)} layers {why}: {', '.join(found)}." for why, found in notes.items()
+        ]
+        if norms:
+            sentences.append(
+                f"As in ModelOpt's preset, the inputs of {len(norms)} LayerNorms are rounded."
+            )
+        sentences += _left_out(self.quantizers)
+        header = _header(layers, "ModelOpt's saved state", self.algorithm, sentences)
+        return _checked(made, layers, header, inputs, self.version, self.where)
 
 
 def _norms(
@@ -242,28 +279,34 @@ def _unquantized(plain: Mapping[str, torch.Tensor], modules: Mapping[str, str]) 
     return made
 
 
-def _checkpoint(
+def _version(quantization: Mapping) -> object:
+    producer = quantization.get("producer")
+    return producer.get("version") if isinstance(producer, Mapping) else None
+
+
+def _header(layers: Mapping[str, Layer], kind: str, algorithm: str, notes: list[str]) -> dict:
+    formats = sorted({layer.format for layer in layers.values()})
+    return {
+        "recipe": {"format": " and ".join(formats), "algorithm": algorithm, "layers": "imported"},
+        "imported": {"kind": kind, "notes": notes},
+    }
+
+
+def _checked(
     tensors: dict[str, torch.Tensor],
     layers: dict[str, Layer],
-    kind: str,
-    algorithm: str,
-    notes: list[str],
-    saved: Mapping,
+    header: dict,
+    inputs: dict[str, Input],
+    version: object,
     where: str,
 ) -> QuantizedCheckpoint:
     if not layers:
         raise ValueError(
-            f"at least one layer must have numerics of this pack's formats, {where} has none. "
-            + " ".join(notes)
+            f"at least one layer must have numerics of this pack's formats, {where} has none: "
+            f"quantize it here instead. {' '.join(header['imported']['notes'])}"
         )
-    formats = sorted({layer.format for layer in layers.values()})
-    version = saved.get("modelopt_version") or saved.get("producer", {}).get("version")
-    header = {
-        "recipe": {"format": " and ".join(formats), "algorithm": algorithm, "layers": "imported"},
-        "imported": {"kind": kind, "notes": notes},
-        "versions": {"modelopt": str(version)} if version else {},
-    }
+    header["versions"] = {"modelopt": str(version)} if version else {}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    checkpoint = QuantizedCheckpoint(tensors, layers, header)
+    checkpoint = QuantizedCheckpoint(tensors, layers, header, inputs)
     checkpoint.validate(where)
     return checkpoint

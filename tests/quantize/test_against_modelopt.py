@@ -19,9 +19,9 @@ RECIPES = {
     "int8-max": Recipe("int8"),
     "int8-smoothquant": Recipe("int8", "smoothquant", 0.5),
     "int8-linear-only": Recipe("int8", layers="linear only"),
-    "fp8-max": Recipe("fp8"),
-    "fp8-per-token": Recipe("fp8", activations="per token"),
-    "fp8-linear-only": Recipe("fp8", layers="linear only"),
+    "fp8-max": Recipe("fp8", "max"),
+    "fp8-per-token": Recipe("fp8", "max", activations="per token"),
+    "fp8-linear-only": Recipe("fp8", "max", layers="linear only"),
 }
 E4M3 = {"num_bits": (4, 3), "axis": None}
 INT8 = {"num_bits": 8, "axis": None}

@@ -1,0 +1,511 @@
+"""Checkpoints that ModelOpt itself wrote run here as they run there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import zipfile
+
+import comfy.ldm.modules.attention
+import pytest
+import torch
+from comfyui_modelopt.formats import FORMATS, files
+from comfyui_modelopt.loaders import foreign, info
+from comfyui_modelopt.loaders import unet as loader
+from safetensors.torch import load_file, save_file
+
+from .. import diffusers_unets as unets
+
+mtq = pytest.importorskip("modelopt.torch.quantization")
+import modelopt.torch.opt as mto  # noqa: E402
+
+SEED = 5
+
+
+def rows(config: dict, name: str, bits) -> dict:
+    """A preset with the activations of Linears scaled per token."""
+    config = copy.deepcopy(config)
+    dynamic = {"num_bits": bits, "type": "dynamic", "block_sizes": {-1: None}}
+    config["quant_cfg"].append({"quantizer_name": name, "cfg": dynamic})
+    return config
+
+
+def percentile_convolutions(unet) -> None:
+    """What NVIDIA's example does with its own calibrator: convolutions clip their activations."""
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.input_quantizer.amax = module.input_quantizer.amax * 0.6
+
+
+RECIPES = {
+    "int8": mtq.INT8_DEFAULT_CFG,
+    "int8-smoothquant": mtq.INT8_SMOOTHQUANT_CFG,
+    "int8-per-token": rows(mtq.INT8_DEFAULT_CFG, "*to_q.input_quantizer", 8),
+    "int8-weight-only": mtq.INT8_WEIGHT_ONLY_CFG,
+    "fp8": mtq.FP8_DEFAULT_CFG,
+    "fp8-per-token": rows(mtq.FP8_DEFAULT_CFG, "*to_q.input_quantizer", (4, 3)),
+    "int4-awq": mtq.INT4_AWQ_CFG,
+    "w4a8-awq": mtq.W4A8_AWQ_BETA_CFG,
+}
+CASES = [("sd15", name) for name in RECIPES] + [("sdxl", "int8-smoothquant"), ("sdxl", "fp8")]
+
+
+def quantize(kind: str, name: str) -> torch.nn.Module:
+    unet = unets.make(kind)
+    with torch.no_grad():
+        mtq.quantize(unet, RECIPES[name], lambda u: unets.run_diffusers(u, kind, 0))
+    if name == "int8-smoothquant":
+        percentile_convolutions(unet)
+    return unet
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(kind, recipe) -> path of a file that mto.save wrote, each made once."""
+    folder = tmp_path_factory.mktemp("modelopt")
+
+    def make(kind: str, name: str) -> str:
+        path = folder / f"{kind}-{name}.pt"
+        if not path.exists():
+            mto.save(quantize(kind, name), path)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def same_attention(monkeypatch):
+    """ComfyUI with --use-pytorch-cross-attention, which is diffusers' own: the two UNets then agree
+    to the last bit. With another attention they differ in the last place, and what ModelOpt rounds
+    afterwards moves by whole steps, in ModelOpt's UNet as in this one."""
+    module = comfy.ldm.modules.attention
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(module, name, module.attention_pytorch)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES, ids="-".join)
+def test_runs_as_modelopt_runs_it(saved, same_attention, tmp_path, kind, name):
+    path = saved(kind, name)
+    theirs = unets.run_diffusers(mto.restore(unets.make(kind), path), kind, SEED)
+    plain = unets.run_diffusers(unets.make(kind), kind, SEED)
+    checkpoint = foreign.read(path)
+    ours = unets.output(checkpoint, kind, SEED)
+    assert unets.distance(ours, theirs) < 1e-5
+    assert unets.distance(theirs, plain) > 1e-3  # quantization is not nothing
+    again = tmp_path / "again.safetensors"
+    files.write(checkpoint, again)
+    assert torch.equal(unets.run_comfyui(loader.load_file(str(again)), kind, SEED), ours)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES, ids="-".join)
+def test_every_layer_agrees_whatever_the_attention(saved, kind, name):
+    """Given ModelOpt's input, each layer gives ModelOpt's output."""
+    path = saved(kind, name)
+    theirs = mto.restore(unets.make(kind), path)
+    model = loader.load(foreign.read(path))
+    unets.run_comfyui(model, kind, SEED)  # loads it
+    ours, modules = model.model.diffusion_model, foreign.of_model(model)
+    worst = {}
+
+    def compare(module):
+        def hook(_, given, output):
+            mine = ours.get_submodule(modules[module])(given[0])
+            worst[module] = unets.distance(mine, output)
+
+        return hook
+
+    for module, one in theirs.named_modules():
+        if hasattr(one, "input_quantizer") and module in modules:
+            one.register_forward_hook(compare(module))
+    unets.run_diffusers(theirs, kind, SEED)
+    assert len(worst) > 50
+    assert max(worst.values()) < 1e-5, max(worst.items(), key=lambda item: item[1])
+
+
+def test_a_module_in_this_process(saved):
+    path = saved("sd15", "fp8")
+    restored = mto.restore(unets.make("sd15"), path)
+    before = {name: tensor.clone() for name, tensor in restored.state_dict().items()}
+    ours, theirs = foreign.from_module(restored), foreign.read(path)
+    assert ours.layers == theirs.layers and ours.inputs == theirs.inputs
+    for name, tensor in ours.tensors.items():
+        assert torch.equal(tensor.float(), theirs.tensors[name].float()), name
+    for name, tensor in restored.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def edited(path: str, folder, change) -> str:
+    objects = torch.load(path, weights_only=True)
+    change(objects, objects["modelopt_state"]["modelopt_state_dict"][-1][1]["metadata"])
+    target = folder / "edited.pt"
+    torch.save(objects, target)
+    return str(target)
+
+
+def test_attention_products_are_left_out_and_told(saved, tmp_path):
+    def change(objects, metadata):
+        states = metadata["quantizer_state"]
+        name = next(n for n in states if n.endswith("attn1.to_q.input_quantizer"))
+        for kind in ("q_bmm", "softmax"):
+            states[name.replace("to_q.input", kind)] = dict(states[name])
+
+    checkpoint = foreign.read(edited(saved("sd15", "fp8"), tmp_path, change))
+    (note,) = [n for n in checkpoint.header["imported"]["notes"] if n.startswith("Left out")]
+    assert note == "Left out: the quantization of attention's own products, in 1 layers."
+    assert note in info.describe(loader.load(checkpoint))
+
+
+def test_layers_without_a_format_keep_modelopts_rounding_and_are_named(saved):
+    """INT4 blocks of a convolution run over three values of its kernel in ModelOpt's presets."""
+    checkpoint = foreign.read(saved("sd15", "w4a8-awq"))
+    (note,) = [n for n in checkpoint.header["imported"]["notes"] if "floating point" in n]
+    assert "blocks run over the kernel's last axis" in note
+    assert "input_blocks.1.0.in_layers.2" in note
+    assert "input_blocks.1.0.in_layers.2" in checkpoint.inputs
+    assert "input_blocks.1.0.in_layers.2" not in checkpoint.layers
+
+
+def without(*names):
+    def change(objects, metadata):
+        for name in names:
+            del objects["model_state_dict"][name]
+
+    return change
+
+
+def rename(objects, metadata):
+    state = objects["model_state_dict"]
+    state["transformer.block.weight"] = state.pop("down_blocks.0.resnets.0.conv1.weight")
+
+
+FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+DAMAGE = {
+    "no quantizers": (
+        lambda o, m: o["modelopt_state"].update(modelopt_state_dict=[]),
+        "must be quan",
+    ),
+    "a state of another form": (
+        lambda o, m: o["modelopt_state"].update(modelopt_state_dict=[("quantize", 3)]),
+        "list of modes",
+    ),
+    "no weights": (lambda o, m: o.pop("model_state_dict"), "save the quantized UNet with mto.save"),
+    "weights of another form": (lambda o, m: o.update(model_state_dict=[1]), "tensors only"),
+    "an amax gone": (without(f"{FIRST}.weight_quantizer._amax"), f"{'to_q'} in"),
+    "an activation amax gone": (without(f"{FIRST}.input_quantizer._amax"), "for its activations"),
+    "a weight gone": (without(f"{FIRST}.weight"), "attn1.to_q"),
+    "another architecture": (rename, "cannot be imported"),
+    "no UNet": (
+        lambda o, m: o.update(model_state_dict={"blocks.0.weight": torch.ones(2)}),
+        "must be of a UNet",
+    ),
+    "an amax of another size": (
+        lambda o, m: o["model_state_dict"].update(
+            {f"{FIRST}.weight_quantizer._amax": torch.ones(3)}
+        ),
+        "must have",
+    ),
+    "packed weights": (
+        lambda o, m: m.update(q_tensor_state={FIRST: {}}),
+        "packed by mtq.compress",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(saved, tmp_path, name):
+    change, message = DAMAGE[name]
+    path = edited(saved("sd15", "fp8"), tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        loader.load(foreign.read(path), where=path)
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_named(saved, tmp_path, share):
+    data = open(saved("sd15", "fp8"), "rb").read()  # noqa: SIM115
+    path = tmp_path / "short.pt"
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match="short.pt is not"):
+        foreign.read(path)
+
+
+# ---- pickles that would do something
+
+
+class Payload:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def as_zip(value, path):
+    torch.save(value, path)
+
+
+def as_legacy(value, path):
+    torch.save(value, path, _use_new_zipfile_serialization=False)
+
+
+def as_pickle(value, path):
+    path.write_bytes(pickle.dumps(value))
+
+
+def as_tar(value, path):
+    inner = path.with_name("pickle")
+    inner.write_bytes(pickle.dumps(value))
+    with tarfile.open(path, "w") as archive:
+        for name in ("sys_info", "pickle", "tensors", "storages"):
+            archive.add(inner, name)
+
+
+def as_plain_zip(value, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(value))
+        archive.writestr("archive/version", "3\n")
+
+
+def as_nested(value, path):
+    """Deep inside what is otherwise a checkpoint."""
+    state = {"modelopt_state_dict": [("quantize", {"config": value, "metadata": {}})]}
+    torch.save({"modelopt_state": state, "model_state_dict": {}}, path)
+
+
+FORMS = (as_zip, as_legacy, as_pickle, as_tar, as_plain_zip, as_nested)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.bin", "a.ckpt", "a.safetensors"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
+def test_a_pickle_that_does_something_is_refused(tmp_path, form, name):
+    path, trace = tmp_path / name, tmp_path / "trace"
+    form(Payload(trace), path)
+    with pytest.raises(ValueError, match=name):
+        foreign.read(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
+def test_also_in_a_folder(folder_of, tmp_path, form):
+    path, trace = tmp_path / "copy", tmp_path / "trace"
+    shutil.copytree(folder_of("fp8"), path)
+    form(Payload(trace), path / "modelopt_state.pth")
+    with pytest.raises(ValueError, match="modelopt_state.pth"):
+        foreign.read(path)
+    assert not trace.exists()
+
+
+# ---- folders
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory, saved):
+    """recipe -> a folder of save_pretrained, with ModelOpt's state in it."""
+    made = tmp_path_factory.mktemp("folders")
+
+    def make(name: str):
+        mto.enable_huggingface_checkpointing()
+        path = made / name
+        if not path.exists():
+            unet = mto.restore(unets.make("sd15"), saved("sd15", name))
+            unet.save_pretrained(path, max_shard_size="20MB")
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8-smoothquant"])
+def test_a_folder_of_save_pretrained(folder_of, saved, tmp_path, name):
+    ours, theirs = foreign.read(folder_of(name)), foreign.read(saved("sd15", name))
+    assert ours.layers == theirs.layers and ours.inputs == theirs.inputs
+    for key, tensor in ours.tensors.items():
+        assert torch.equal(tensor.float(), theirs.tensors[key].float()), key
+    assert len(list(folder_of(name).glob("*.safetensors"))) > 1  # it is in shards
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(folder_of(name), pipeline / "unet")
+    assert foreign.read(pipeline).layers == theirs.layers
+
+
+UNIFIED = {
+    "fp8": (mtq.FP8_DEFAULT_CFG, "fp8"),
+    "int8-smoothquant": (mtq.INT8_SMOOTHQUANT_CFG, "int8"),
+    "int4-awq": (mtq.INT4_AWQ_CFG, "int4"),
+    "w4a8-awq": (mtq.W4A8_AWQ_BETA_CFG, "w4a8"),
+    "nvfp4": (mtq.NVFP4_DEFAULT_CFG, "nvfp4"),
+    "mxfp8": (mtq.MXFP8_DEFAULT_CFG, "mxfp8"),
+}
+CUDA_ONLY = ("nvfp4", "mxfp8")  # ModelOpt cannot run these on a CPU, but it can export them
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """recipe -> (folder of export_hf_checkpoint, what ModelOpt's weights are there), made once."""
+    from modelopt.torch.export import export_hf_checkpoint
+
+    made = {}
+
+    def make(name: str):
+        if name not in made:
+            unet = unets.make("sd15")
+            config = copy.deepcopy(UNIFIED[name][0])
+            # ModelOpt's export packs no convolution, and cannot write one in blocks
+            config["quant_cfg"].append(
+                {"parent_class": "nn.Conv2d", "quantizer_name": "*", "enable": False}
+            )
+            given = None if name in CUDA_ONLY else lambda u: unets.run_diffusers(u, "sd15", 0)
+            with torch.no_grad():
+                mtq.quantize(unet, config, given)
+                path = tmp_path_factory.mktemp("exports") / name
+                export_hf_checkpoint(unet, export_dir=path)
+            made[name] = path
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_a_unified_export(exported, name, same_attention):
+    from modelopt.torch.export.quant_utils import from_quantized_weight
+
+    path = exported(name)
+    checkpoint = foreign.read(path)
+    form = UNIFIED[name][1]
+    assert {layer.format for layer in checkpoint.layers.values()} == {form}
+    assert {layer.kind for layer in checkpoint.layers.values()} == {"linear"}
+    stored = load_file(path / "diffusion_pytorch_model.safetensors")
+    modules = {b: a for a, b in foreign.of_model(loader.load(checkpoint)).items()}
+    algo = json.loads((path / "config.json").read_text())["quantization_config"]["quant_algo"]
+    known = {"fp8": "fp8", "int8": "int8_sq"}.get(form)
+    for ours, layer in checkpoint.layers.items():
+        own = {k: checkpoint.tensors[f"{ours}.{k}"] for k in ("weight", *layer.scales)}
+        shape = layer.shape or tuple(own["weight"].shape)
+        mine = FORMATS[form].dequantize(own, shape)
+        weight, scale = (stored[f"{modules[ours]}.{k}"] for k in ("weight", "weight_scale"))
+        if known is not None:
+            theirs = from_quantized_weight(weight, scale, known, torch.float32)
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
+        else:
+            theirs = UNPACK[form](weight, scale, stored.get(f"{modules[ours]}.weight_scale_2"))
+            torch.testing.assert_close(mine, theirs, rtol=2.0**-10, atol=1e-6)
+        if layer.static:
+            assert torch.equal(own["input_scale"], stored[f"{modules[ours]}.input_scale"].float())
+    assert algo.lower().startswith(form.replace("int8", "w8a8").replace("int4", "w4a16")) or algo
+    output = unets.output(checkpoint, "sd15", SEED)
+    plain = unets.run_diffusers(unets.make("sd15"), "sd15", SEED)
+    assert 1e-4 < unets.distance(output, plain) < 0.5
+
+
+def unpack_int4(weight, scale, _):
+    low, high = (weight & 15).to(torch.int8), (weight >> 4).to(torch.int8)
+    values = torch.stack((low, high), 1).reshape(-1, weight.shape[1])
+    values = torch.where(values > 7, values - 16, values).float()
+    return values * scale.repeat_interleave(128, 1)[:, : weight.shape[1]]
+
+
+def unpack_w4a8(weight, scale, scale_2):
+    dense = unpack_int4(weight, scale, None)
+    return (dense / scale_2).to(torch.float8_e4m3fn).float() * scale_2
+
+
+def unpack_nvfp4(weight, scale, scale_2):
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    shape = torch.Size((weight.shape[0], 2 * weight.shape[1]))
+    tensor = NVFP4QTensor(shape, torch.float32, weight)
+    return tensor.dequantize(
+        dtype=torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16}
+    )
+
+
+def unpack_mxfp8(weight, scale, _):
+    return weight.float() * torch.exp2(scale.float() - 127).repeat_interleave(32, 1)
+
+
+UNPACK = {"int4": unpack_int4, "w4a8": unpack_w4a8, "nvfp4": unpack_nvfp4, "mxfp8": unpack_mxfp8}
+
+
+def drop_shard(path):
+    next(iter(sorted(path.glob("*.safetensors")))).unlink()
+
+
+def drop_index(path):
+    next(iter(path.glob("*.index.json"))).unlink()
+
+
+def leave_folder(path):
+    (index,) = path.glob("*.index.json")
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"]))
+    content["weight_map"][first] = "../x.safetensors"
+    index.write_text(json.dumps(content))
+
+
+def drop_state(path):
+    (path / "modelopt_state.pth").unlink()
+
+
+def write(name: str, text: str):
+    return lambda path: (path / name).write_text(text)
+
+
+FOLDER_DAMAGE = {
+    "no config": (lambda p: (p / "config.json").unlink(), "must hold config.json"),
+    "config no JSON": (write("config.json", "{"), "must be JSON"),
+    "config a list": (write("config.json", "[]"), "must be a JSON object, found list"),
+    "a shard gone": (drop_shard, "is missing"),
+    "the index gone": (drop_index, "one .safetensors file or an index"),
+    "an index that leaves the folder": (leave_folder, "of its folder"),
+    "the state gone": (drop_state, "must hold modelopt_state.pth"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDER_DAMAGE)
+def test_a_damaged_folder_is_named(folder_of, tmp_path, name):
+    path = tmp_path / "copy"
+    shutil.copytree(folder_of("fp8"), path)
+    change, message = FOLDER_DAMAGE[name]
+    change(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        foreign.read(path)
+    assert str(path) in str(caught.value)
+
+
+EXPORT_DAMAGE = {
+    "scale of another shape": (
+        lambda t, k: t.update({f"{k}.weight_scale": torch.ones(3)}),
+        "must be in a format of",
+    ),
+    "weight gone": (lambda t, k: t.pop(f"{k}.weight"), "scales must belong to a weight"),
+    "scale NaN": (
+        lambda t, k: t.update({f"{k}.weight_scale": torch.tensor(torch.nan)}),
+        "positive and finite",
+    ),
+    "another UNet": (
+        lambda t, k: t.update({"down_blocks.7.x.weight": torch.ones(1)}),
+        "cannot be imported",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPORT_DAMAGE)
+def test_a_damaged_export_is_named(exported, tmp_path, name):
+    path = tmp_path / "copy"
+    shutil.copytree(exported("fp8"), path)
+    file = path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change, message = EXPORT_DAMAGE[name]
+    change(tensors, FIRST)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message) as caught:
+        foreign.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_ordinary_folder_is_told_apart(tmp_path):
+    unets.make("sd15").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="must hold a quantized UNet"):
+        foreign.read(tmp_path / "plain")

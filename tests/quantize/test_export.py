@@ -1,0 +1,90 @@
+"""A quantized MODEL, exported: `mto.restore` takes it, and its UNet computes the same."""
+
+from __future__ import annotations
+
+import comfy.ldm.modules.attention
+import pytest
+import torch
+from comfyui_modelopt.loaders import dispatch, foreign
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.quantize import diffusers_unet, export
+from comfyui_modelopt.quantize.recipe import Recipe
+
+from .. import diffusers_unets as unets
+
+SEED = 7
+RECIPES = {
+    "int8": Recipe("int8"),
+    "int8-smoothquant": Recipe("int8", "smoothquant", 0.5),
+    "int8-mse": Recipe("int8", "mse"),
+    "fp8": Recipe("fp8"),
+    "fp8-per-token": Recipe("fp8", "max", activations="per token"),
+    "int4-linear": Recipe("int4", "awq_lite", layers="linear only"),
+    "w4a8-linear": Recipe("w4a8", "max", layers="linear only"),
+}
+
+
+@pytest.fixture(autouse=True)
+def same_attention(monkeypatch):
+    """As in test_foreign.py."""
+    module = comfy.ldm.modules.attention
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(module, name, module.attention_pytorch)
+
+
+def written(checkpoint, path):
+    model = loader.load(checkpoint, arithmetic=dispatch.FAKE)
+    config, names = model.model.model_config.unet_config, foreign.of_model(model)
+    return model, export.write(checkpoint, config, names, path)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_mto_restore_gives_the_same_unet(quantized, tmp_path, name):
+    import modelopt.torch.opt as mto
+
+    checkpoint = quantized(RECIPES[name]).checkpoint
+    path = tmp_path / "x.pt"
+    model, notes = written(checkpoint, path)
+    assert notes == []
+    empty = diffusers_unet.build(model.model.model_config.unet_config).to_empty(device="cpu")
+    restored = mto.restore(empty, path).float()
+    theirs = unets.run_diffusers(restored, "sd15", SEED)
+    ours = unets.run_comfyui(model, "sd15", SEED)
+    assert unets.distance(ours, theirs) < 1e-4
+    again = foreign.read(path)
+    assert {n: (x.format, x.activations) for n, x in again.layers.items()}.keys() == (
+        checkpoint.layers.keys()
+    )
+
+
+def test_what_modelopt_wrote_comes_back_from_an_export(tmp_path):
+    import modelopt.torch.opt as mto
+    import modelopt.torch.quantization as mtq
+
+    unet = unets.make("sdxl")
+    with torch.no_grad():
+        mtq.quantize(unet, mtq.FP8_DEFAULT_CFG, lambda u: unets.run_diffusers(u, "sdxl", 0))
+    first = foreign.from_module(unet)
+    written(first, tmp_path / "x.pt")
+    restored = mto.restore(unets.make("sdxl", seed=1), tmp_path / "x.pt")
+    theirs = unets.run_diffusers(restored, "sdxl", SEED)
+    assert unets.distance(unets.output(first, "sdxl", SEED), theirs) < 1e-5
+
+
+def test_block_formats_of_convolutions_are_told(quantized, tmp_path):
+    _, notes = written(quantized(Recipe("int4", "awq_lite")).checkpoint, tmp_path / "x.pt")
+    assert "are in 16 bits in the export" in notes[0] and "in_layers.2" in notes[0]
+
+
+def test_svdquant_is_refused_and_nothing_is_written(quantized, tmp_path):
+    with pytest.raises(ValueError, match="branches cannot be exported yet"):
+        written(quantized(Recipe("nvfp4", "svdquant", rank=4)).checkpoint, tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_never_overwritten(quantized, tmp_path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        written(quantized(Recipe("int8")).checkpoint, path)
+    assert path.read_bytes() == b"mine"
