@@ -112,7 +112,7 @@ def choose(
         return Kernel(f"{what}: weights in {FORMATS[layer.format].BITS} bits", "weight-only", "")
     if arithmetic == FAKE and key in simulation.SIMULATED:
         run = simulation.of(layer)
-        return Kernel(f"{what}: ModelOpt's simulation", "simulated", "", run)
+        return Kernel(f"{what}: ModelOpt's simulation", "simulated", found.why, run)
     reason = native.why_not(layer.format, shape or layer.shape or (0, 0), dtype)
     if found.level == NATIVE and layer.format == "int8" and layer.activations == STATIC:
         why = "comfy-kitchen's INT8 scales activations per token only"

@@ -69,7 +69,12 @@ def _arguments(config: Mapping[str, object]) -> tuple[dict, object]:
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": config["adm_in_channels"],
         }
-    shared = {"in_channels": channels[-1], "temb_channels": 4 * channels[0], "resnet_groups": 32}
+    shared = {
+        "in_channels": channels[-1],
+        "temb_channels": 4 * channels[0],
+        "resnet_groups": 32,
+        "resnet_eps": 1e-5,
+    }
 
     def middle():
         if depth < 1:

@@ -67,7 +67,10 @@ def _numerics(state: Mapping) -> str:
         plain = {8: INT8, (4, 3): E4M3}.get(bits)
         rows = sizes == {-1: None} or axis in (0, (0,), [0])
         if plain and state.get("_dynamic"):
-            return TOKEN + plain if sizes == {-1: None} else f"{plain}, dynamic per tensor"
+            # once it has run, ModelOpt has turned "blocks" of a whole row into the axes before it
+            leading = isinstance(axis, tuple) and axis == tuple(range(len(axis)))
+            per_token = sizes == {-1: None} or (leading and axis)
+            return TOKEN + plain if per_token else f"{plain}, dynamic per tensor"
         if plain and (axis is None or rows):
             return plain if plain == INT8 or not rows else f"{plain} per channel"
     if not beyond and (bits, sizes, scale) == (4, {-1: 128}, None):

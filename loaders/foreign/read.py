@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import comfy.utils
 import torch
 
+from ...formats import files
 from ...formats.checkpoint import Input, Layer, QuantizedCheckpoint
 from ...utils import sha256
 from . import folder, names, torch_file, unified
@@ -30,7 +33,8 @@ def read(
         path = folder.component(path)
         make, sources = _of_folder(path), folder.weight_files(path)
     elif path.is_file():
-        make, sources = _of_file(path), [path]
+        packed = path.suffix.lower() in (".safetensors", ".sft")
+        make, sources = (_of_safetensors if packed else _of_file)(path), [path]
     else:
         raise ValueError(f"the checkpoint must exist, {path} does not: correct the name")
     step = started(make.steps + sum(sha256.pieces(source) for source in sources))
@@ -59,6 +63,25 @@ def _of_file(path: Path) -> Restored:
             f"{path} does not: save the quantized UNet with mto.save(unet, file)"
         )
     return Restored(objects["modelopt_state"], objects["model_state_dict"], str(path))
+
+
+def _of_safetensors(path: Path) -> Exported:
+    """A unified export outside its folder."""
+    files.check_readable(path)
+    found, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    if not any(key.endswith(".weight_scale") for key in found):
+        raise ValueError(
+            f"a .safetensors to import must be ModelOpt's unified export, {path} has no weight with "
+            "a weight_scale: name the whole folder if it holds ModelOpt's quantizers, or the .pt of "
+            "mto.save"
+        )
+    try:
+        quantization = json.loads((metadata or {}).get("quantization_config", "{}"))
+    except ValueError as error:
+        raise ValueError(
+            f"quantization_config of the header must be JSON, {path} has {error}: get it again"
+        ) from error
+    return Exported(quantization if isinstance(quantization, dict) else {}, found, str(path))
 
 
 def _of_folder(path: Path) -> Restored | Exported:

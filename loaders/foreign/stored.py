@@ -29,15 +29,14 @@ def int4_rows(packed: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tens
     nibbles = torch.stack((packed & 15, packed >> 4), dim=1).reshape(-1, packed.shape[1])
     codes = (nibbles + 8) & 15  # value + 8
     codes = blocks.padded(codes, 1, 2)
-    amax = scale.float() * int4.QMAX
-    return {"weight": blocks.pack(codes), "weight_amax": int4.in_sixteen_bits(amax)}
+    return {"weight": blocks.pack(codes), "weight_amax": _block_maxima(scale.float())}
 
 
-def int4_pairs(packed: torch.Tensor, step: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Two neighbours a byte, the first in the high nibble, value + 8: uint8 [N, K / 2], and
-    multipliers 7 / amax a block. Of ModelOpt's `INT4QTensor`."""
-    amax = int4.QMAX / step.float().reshape(len(packed), -1)
-    return {"weight": packed, "weight_amax": int4.in_sixteen_bits(amax)}
+def _block_maxima(scale: torch.Tensor) -> torch.Tensor:
+    """The maxima whose scales these are, in 16 bits where that gives the scales back."""
+    amax = scale * int4.QMAX
+    kept = int4.in_sixteen_bits(amax)
+    return kept if torch.equal(kept.float() / int4.QMAX, scale) else amax
 
 
 def w4a8(packed: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor):

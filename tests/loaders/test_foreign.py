@@ -37,7 +37,7 @@ def rows(config: dict, name: str, bits) -> dict:
 def percentile_convolutions(unet) -> None:
     """What NVIDIA's example does with its own calibrator: convolutions clip their activations."""
     for module in unet.modules():
-        if isinstance(module, torch.nn.Conv2d):
+        if isinstance(module, torch.nn.Conv2d) and module.input_quantizer.is_enabled:
             module.input_quantizer.amax = module.input_quantizer.amax * 0.6
 
 
@@ -87,7 +87,7 @@ def same_attention(monkeypatch):
         monkeypatch.setattr(module, name, module.attention_pytorch)
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("kind", "name"), CASES, ids=["-".join(case) for case in CASES])
 def test_runs_as_modelopt_runs_it(saved, same_attention, tmp_path, kind, name):
     path = saved(kind, name)
     theirs = unets.run_diffusers(mto.restore(unets.make(kind), path), kind, SEED)
@@ -101,7 +101,7 @@ def test_runs_as_modelopt_runs_it(saved, same_attention, tmp_path, kind, name):
     assert torch.equal(unets.run_comfyui(loader.load_file(str(again)), kind, SEED), ours)
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("kind", "name"), CASES, ids=["-".join(case) for case in CASES])
 def test_every_layer_agrees_whatever_the_attention(saved, kind, name):
     """Given ModelOpt's input, each layer gives ModelOpt's output."""
     path = saved(kind, name)
@@ -352,10 +352,16 @@ def exported(tmp_path_factory):
         if name not in made:
             unet = unets.make("sd15")
             config = copy.deepcopy(UNIFIED[name][0])
-            # ModelOpt's export packs no convolution, and cannot write one in blocks
-            config["quant_cfg"].append(
-                {"parent_class": "nn.Conv2d", "quantizer_name": "*", "enable": False}
-            )
+            # ModelOpt's export packs no convolution, and cannot write one in blocks, nor a
+            # shorter block at the end of a row
+            left_out = [{"parent_class": "nn.Conv2d", "quantizer_name": "*"}]
+            if UNIFIED[name][1] in ("int4", "w4a8"):
+                left_out += [
+                    {"quantizer_name": f"{module}.*"}
+                    for module, one in unet.named_modules()
+                    if isinstance(one, torch.nn.Linear) and one.in_features % 128
+                ]
+            config["quant_cfg"] += [{**entry, "enable": False} for entry in left_out]
             given = None if name in CUDA_ONLY else lambda u: unets.run_diffusers(u, "sd15", 0)
             with torch.no_grad():
                 mtq.quantize(unet, config, given)
@@ -378,7 +384,6 @@ def test_a_unified_export(exported, name, same_attention):
     assert {layer.kind for layer in checkpoint.layers.values()} == {"linear"}
     stored = load_file(path / "diffusion_pytorch_model.safetensors")
     modules = {b: a for a, b in foreign.of_model(loader.load(checkpoint)).items()}
-    algo = json.loads((path / "config.json").read_text())["quantization_config"]["quant_algo"]
     known = {"fp8": "fp8", "int8": "int8_sq"}.get(form)
     for ours, layer in checkpoint.layers.items():
         own = {k: checkpoint.tensors[f"{ours}.{k}"] for k in ("weight", *layer.scales)}
@@ -393,7 +398,8 @@ def test_a_unified_export(exported, name, same_attention):
             torch.testing.assert_close(mine, theirs, rtol=2.0**-10, atol=1e-6)
         if layer.static:
             assert torch.equal(own["input_scale"], stored[f"{modules[ours]}.input_scale"].float())
-    assert algo.lower().startswith(form.replace("int8", "w8a8").replace("int4", "w4a16")) or algo
+    alone = foreign.read(path / "diffusion_pytorch_model.safetensors")
+    assert alone.layers == checkpoint.layers or form in ("nvfp4", "mxfp8")
     output = unets.output(checkpoint, "sd15", SEED)
     plain = unets.run_diffusers(unets.make("sd15"), "sd15", SEED)
     assert 1e-4 < unets.distance(output, plain) < 0.5
