@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..loaders import info
+from ..loaders import info, stock
 from ..loaders import unet as loader
 from . import folders
 
@@ -16,7 +16,8 @@ class LoadUNet(io.ComfyNode):
             node_id="ModelOptLoadUNet",
             display_name="Load Quantized UNet (ModelOpt)",
             category="ModelOpt",
-            description="Loads a UNet that Save Quantized UNet wrote. Use it in place of the MODEL "
+            description="Loads a UNet that Save Quantized UNet wrote, or a file quantized in stock "
+            "ComfyUI's form. Use it in place of the MODEL "
             "of a checkpoint loader; CLIP and VAE still come from the checkpoint.",
             search_aliases=["int8", "fp8", "load diffusion model", "UNETLoader"],
             inputs=[
@@ -48,6 +49,11 @@ class LoadUNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, unet_name: str) -> io.NodeOutput:
-        model = loader.load_file(folders.find(folders.UNETS, unet_name))
-        text = info.describe(model)
+        path = folders.find(folders.UNETS, unet_name)
+        if stock.is_stock(path):
+            model = stock.load(path)
+            text = stock.describe(model, path)
+        else:
+            model = loader.load_file(path)
+            text = info.describe(model)
         return io.NodeOutput(model, text, ui={"text": [text]})

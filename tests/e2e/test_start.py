@@ -23,6 +23,8 @@ NODES = {
     "ModelOptQuantize",
     "ModelOptSaveUNet",
     "ModelOptLoadUNet",
+    "ModelOptImport",
+    "ModelOptExport",
     "ModelOptModelInfo",
     "ModelOptGPUInfo",
 }

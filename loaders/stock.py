@@ -1,0 +1,59 @@
+"""Quantized files that stock ComfyUI or others wrote in ComfyUI's own form: opened by stock code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import comfy.sd
+from safetensors import safe_open
+
+from ..formats import files
+from ..utils.report import megabytes
+
+MARKER = ".comfy_quant"
+# of the form before the markers
+OLD = "scaled_fp8"
+
+
+def is_stock(path: str) -> bool:
+    """Whether a file is quantized in ComfyUI's form and was not saved by this pack.
+
+    Raises ValueError for a damaged file.
+    """
+    files.check_readable(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if files.HEADER in metadata:
+            return False
+        keys = list(file.keys())
+    return files.COMFY_HEADER in metadata or any(
+        key.endswith(MARKER) or key.rpartition(".")[2] == OLD for key in keys
+    )
+
+
+def load(path: str):
+    """File -> MODEL, exactly as "Load Diffusion Model" gives it. Raises ValueError in house form."""
+    try:
+        return comfy.sd.load_diffusion_model(path)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"a quantized file without this pack's header must be one that stock ComfyUI opens, "
+            f"{path} is not ({error}): get it again, or ask its author what it is for"
+        ) from error
+
+
+def describe(model, path: str) -> str:
+    """The info text of such a MODEL."""
+    modules = model.model.diffusion_model.modules()
+    found = Counter(getattr(module, "quant_format", None) for module in modules)
+    found.pop(None, None)
+    return "\n".join(
+        [
+            f"Quantized elsewhere, in stock ComfyUI's form: {Path(path).name}",
+            *(f"{count} layers in {name}" for name, count in found.most_common()),
+            f"Size {megabytes(model.model_size())}",
+            f"Model: {type(model.model.model_config).__name__}",
+            "Runs with stock ComfyUI's operations; Save and Export of this pack do not apply.",
+        ]
+    )
