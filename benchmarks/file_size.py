@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 VARIANTS = (
     ("int8", "max", "linear + conv"),
     ("int8", "smoothquant", "linear + conv"),
-    ("fp8", "max", "linear + conv"),
+    ("fp8", "mse", "linear + conv"),
     ("mxfp8", "max", "linear + conv"),
     ("nvfp4", "max", "linear + conv"),
     ("nvfp4", "max", "linear only"),

@@ -32,6 +32,13 @@ _SDXL = {
     "num_classes": "sequential",
     "adm_in_channels": 2816,
 }
+# without a transformer in the middle, as the distilled ones are
+_THREE_LEVELS = _SDXL | {
+    "channel_mult": [1, 1, 1],
+    "num_res_blocks": [2, 2, 2],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": -1,
+}
 # ComfyUI reads all of this off the shapes. What it insists on: SD1.5 has 320 channels and context
 # 768; an SDXL has 320, 2048, 2816 and one of the known lists of transformer depths, but the widths
 # of the levels, their number and the output blocks are free.
@@ -86,6 +93,49 @@ UNETS: dict[tuple[str, str], dict[str, Any]] = {
         "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
         "transformer_depth_middle": 10,
     },
+    # the rest of the family, told apart by their transformer depths, context and channels
+    ("inpainting", "tiny"): _SD15
+    | {
+        "in_channels": 9,
+        "channel_mult": [1],
+        "num_res_blocks": [1],
+        "transformer_depth": [1],
+        "transformer_depth_output": [1, 1],
+        "transformer_depth_middle": 1,
+    },
+    ("sd2", "tiny"): {
+        "num_head_channels": 64,
+        "context_dim": 1024,
+        "use_linear_in_transformer": True,
+        "channel_mult": [1],
+        "num_res_blocks": [1],
+        "transformer_depth": [1],
+        "transformer_depth_output": [1, 1],
+        "transformer_depth_middle": 1,
+    },
+    ("refiner", "tiny"): {
+        "model_channels": 384,
+        "num_head_channels": 64,
+        "context_dim": 1280,
+        "use_linear_in_transformer": True,
+        "num_classes": "sequential",
+        "adm_in_channels": 2560,
+        "channel_mult": [1, 1, 1, 1],
+        "num_res_blocks": [2, 2, 2, 2],
+        "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0],
+        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1,
+    },
+    ("ssd1b", "tiny"): _THREE_LEVELS | {"transformer_depth": [0, 0, 2, 2, 4, 4]},
+    ("vega", "tiny"): _THREE_LEVELS | {"transformer_depth": [0, 0, 1, 1, 2, 2]},
+    ("koala1b", "tiny"): _SDXL
+    | {
+        "channel_mult": [1, 1, 1],
+        "num_res_blocks": [1, 1, 1],
+        "transformer_depth": [0, 2, 6],
+        "transformer_depth_output": [0, 0, 0, 0, 1, 1],
+        "transformer_depth_middle": 1,
+    },
 }
 
 # --- the parts of a checkpoint ---
@@ -93,14 +143,14 @@ UNETS: dict[tuple[str, str], dict[str, Any]] = {
 
 def unet_config(family: str, size: str) -> dict[str, Any]:
     """Arguments of ComfyUI's UNetModel."""
-    return UNETS[family, size] | {
+    return {
         "image_size": 32,
         "in_channels": 4,
         "out_channels": 4,
         "model_channels": 320,
         "use_spatial_transformer": True,
         "legacy": False,
-    }
+    } | UNETS[family, size]
 
 
 def unet_specs(family: str, size: str) -> Specs:

@@ -19,6 +19,8 @@ from . import FORMATS
 from .checkpoint import FORMAT_VERSION, REMEDY, Input, Layer, QuantizedCheckpoint
 
 PREFIX = "modelopt."
+STOCK_PREFIX = "model.diffusion_model."
+HEADER_TENSOR = "modelopt_header"
 HEADER = "modelopt"
 HEADER_TYPES = {
     "recipe": dict,
@@ -65,23 +67,55 @@ def write(
     step: Callable[[int], None] = lambda size: None,
 ) -> None:
     """Writes the file whole or not at all. `step` and errors as in `save_safetensors`."""
-    stock = checkpoint.opens_in_stock
-    prefix = "" if stock else PREFIX
+    prefix = "" if checkpoint.opens_in_stock else PREFIX
     tensors = {prefix + name: tensor for name, tensor in marked(checkpoint).items()}
     names = {prefix + name: comfy_config(x) for name, x in checkpoint.layers.items()}
+    metadata = {
+        COMFY_HEADER: json.dumps({"format_version": "1.0", "layers": names}, sort_keys=True),
+        HEADER: json.dumps(_described(checkpoint), sort_keys=True),
+    }
+    save_safetensors(tensors, path, metadata, step)
+
+
+def _described(checkpoint: QuantizedCheckpoint) -> dict:
+    """The whole header, JSON-able."""
     inputs = {name: dataclasses.asdict(x) for name, x in checkpoint.inputs.items()}
-    header = {
+    stock = ["comfyui"] if checkpoint.opens_in_stock else []
+    return {
         **checkpoint.header,
         "format_version": FORMAT_VERSION,
         "layers": {name: dataclasses.asdict(x) for name, x in checkpoint.layers.items()},
         **({"inputs": inputs} if inputs else {}),
-        "opens_in": ["comfyui", "comfyui-modelopt"] if stock else ["comfyui-modelopt"],
+        "opens_in": [*stock, "comfyui-modelopt"],
     }
-    metadata = {
-        COMFY_HEADER: json.dumps({"format_version": "1.0", "layers": names}, sort_keys=True),
-        HEADER: json.dumps(header, sort_keys=True),
-    }
-    save_safetensors(tensors, path, metadata, step)
+
+
+def for_others_to_save(checkpoint: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
+    """Tensors for ComfyUI's own Save nodes, which write no header of ours: it is one of them.
+
+    Their names are those of a checkpoint's UNet where stock ComfyUI computes it rightly, and else
+    such that it does not recognise one.
+    """
+    prefix = STOCK_PREFIX if checkpoint.opens_in_stock else PREFIX
+    text = json.dumps(_described(checkpoint), sort_keys=True).encode()
+    header = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return {prefix + name: t for name, t in (marked(checkpoint) | {HEADER_TENSOR: header}).items()}
+
+
+def _unpacked(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
+) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The UNet's tensors of a file without their prefix, and its header's text if there is one."""
+    text = (metadata or {}).get(HEADER)
+    place = next((key for key in tensors if key.rpartition(".")[2] == HEADER_TENSOR), None)
+    if text is None and place is not None:
+        text = bytes(tensors[place].view(torch.uint8).tolist()).decode("utf-8", "replace")
+    prefix = PREFIX if any(key.startswith(PREFIX) for key in tensors) else ""
+    if place is not None:
+        prefix = place.removesuffix(HEADER_TENSOR)
+    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+    own.pop(HEADER_TENSOR, None)
+    return {key: t for key, t in own.items() if not key.endswith(".comfy_quant")}, text
 
 
 def check_readable(path: Path | str) -> None:
@@ -102,15 +136,8 @@ def parse(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None, where: str
 ) -> QuantizedCheckpoint:
     """Tensors and header of a file -> a validated checkpoint. Raises ValueError in house form."""
-    header = _header(metadata, where)
-    prefixed = any(key.startswith(PREFIX) for key in tensors)
-    if prefixed:
-        tensors = {
-            key.removeprefix(PREFIX): value
-            for key, value in tensors.items()
-            if key.startswith(PREFIX)
-        }
-    tensors = {k: t for k, t in tensors.items() if not k.endswith(".comfy_quant")}
+    tensors, text = _unpacked(tensors, metadata)
+    header = _header(text, where)
     layers = header.pop("layers", None)
     if not isinstance(layers, dict):
         raise ValueError(f"the header must list the quantized layers, {where} does not: {REMEDY}")
@@ -127,8 +154,7 @@ def parse(
     return checkpoint
 
 
-def _header(metadata: dict[str, str] | None, where: str) -> dict:
-    text = (metadata or {}).get(HEADER)
+def _header(text: str | None, where: str) -> dict:
     if text is None:
         raise ValueError(
             f"a file for this loader must have been saved by this pack, {where} was not: "

@@ -27,6 +27,8 @@ def is_stock(path: str) -> bool:
         if files.HEADER in metadata:
             return False
         keys = list(file.keys())
+    if any(key.rpartition(".")[2] == files.HEADER_TENSOR for key in keys):
+        return False  # saved by ComfyUI's own node from a MODEL of this pack
     return files.COMFY_HEADER in metadata or any(
         key.endswith(MARKER) or key.rpartition(".")[2] == OLD for key in keys
     )

@@ -19,6 +19,7 @@ from ..utils.capability import GPU
 from ..utils.progress import progress
 from . import dispatch, layouts, ops
 from .device import describe
+from .patcher import QuantizedPatcher
 
 log = logging.getLogger(__name__)
 ATTACHMENT = "modelopt"
@@ -102,6 +103,7 @@ def load(
         ) from error
     if model is None:
         raise ValueError(f"ComfyUI could not build a UNet from {where}: {REMEDY}")
+    model.__class__ = QuantizedPatcher
     _check_complete(model, checkpoint, expected, where)
     header = {"model": type(model.model.model_config).__name__, **checkpoint.header}
     header["opens_in_stock"] = checkpoint.opens_in_stock

@@ -1,0 +1,304 @@
+"""What users put on a MODEL works on a quantized one as on the original, through ComfyUI's own nodes.
+
+Each row does the same to both; the quantized MODEL's latents must come as near to the original's as
+they are without it, and what the row does must be there.
+"""
+
+from __future__ import annotations
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.hooks
+import comfy.ldm.modules.attention
+import comfy.sd
+import comfy.t2i_adapter.adapter
+import comfy.utils
+import pytest
+import torch
+from comfy_extras import (
+    nodes_freelunch,
+    nodes_hypertile,
+    nodes_model_advanced,
+    nodes_model_downscale,
+    nodes_model_merging,
+    nodes_multigpu,
+    nodes_pag,
+    nodes_sag,
+    nodes_tomesd,
+)
+from comfyui_modelopt.devtools import synthetic
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.quantize.recipe import Recipe
+
+import nodes as comfy_nodes
+
+RECIPE = Recipe("int8", "smoothquant", 0.5)
+SAMPLING = (3, 5, 6.0, "euler", "normal")  # seed, steps, cfg, sampler, scheduler
+SIZE = 16
+HIGH, LOW = 10.0, 4.0  # dB
+
+
+@pytest.fixture(scope="module")
+def made(quantized):
+    return quantized(RECIPE)
+
+
+@pytest.fixture(scope="module")
+def both(sd15, made):
+    """The original MODEL and the quantized one."""
+    return sd15[0], loader.load(made.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def loras(checkpoints, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    found = []
+    for seed in (1, 2):
+        path = folder / f"{seed}.safetensors"
+        synthetic.lora(path, checkpoints / "sd15.safetensors", rank=8, scale=0.2, seed=seed)
+        found.append(comfy.utils.load_torch_file(str(path)))
+    return found
+
+
+def sample(model, positive, negative, batch=1, sampling=SAMPLING, channels=4) -> torch.Tensor:
+    latent = {"samples": torch.zeros(batch, channels, SIZE, SIZE)}
+    with torch.no_grad():
+        (out,) = comfy_nodes.common_ksampler(model, *sampling, positive, negative, latent)
+    return out["samples"]
+
+
+def sqnr(reference: torch.Tensor, other: torch.Tensor) -> float:
+    return (10 * torch.log10(reference.square().sum() / (reference - other).square().sum())).item()
+
+
+@pytest.fixture(scope="module")
+def plain(both, conditionings):
+    """Latents of the two MODELs as they are, and how near they are."""
+    found = [sample(model, *conditionings) for model in both]
+    return found, sqnr(*found)
+
+
+def result(node_output):
+    return node_output.result[0] if hasattr(node_output, "result") else node_output[0]
+
+
+def two_loras(model, loras):
+    for lora, strength in zip(loras, (0.8, -0.5), strict=True):
+        model = comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+    return model
+
+
+def attention_patches(model, loras):
+    """As IP-Adapter and its kind hook in."""
+    model = model.clone()
+    model.set_model_attn1_patch(lambda q, k, v, options: (q * 1.1, k, v))
+    model.set_model_attn2_patch(lambda q, k, v, options: (q, k * 0.9, v))
+    model.set_model_attn1_output_patch(lambda x, options: x * 0.9)
+    model.set_model_attn2_output_patch(lambda x, options: x * 1.1)
+    model.set_model_input_block_patch(lambda h, options: h * 1.02)
+    model.set_model_output_block_patch(lambda h, skip, options: (h, skip * 0.98))
+    return model
+
+
+def attention_replaced(model, loras):
+    def attention(q, k, v, options):
+        heads = options["n_heads"]
+        return comfy.ldm.modules.attention.optimized_attention(q * 0.5, k, v, heads)
+
+    model = model.clone()
+    model.set_model_attn1_replace(attention, "middle", 0, 0)
+    model.set_model_attn2_replace(attention, "input", 1, 0)
+    return model
+
+
+def lcm(model, loras):
+    return comfy_nodes_lcm().patch(model, "lcm", False)[0]
+
+
+def comfy_nodes_lcm():
+    return nodes_model_advanced.ModelSamplingDiscrete()
+
+
+def merged(model, loras):
+    """Half of it is the same MODEL with a LoRA."""
+    other = comfy.sd.load_lora_for_models(model, None, loras[0], 1.0, 0)[0]
+    return nodes_model_merging.ModelMergeSimple().merge(model, other, 0.5)[0]
+
+
+MODEL_ROWS = {
+    "several LoRAs": two_loras,
+    "attention patches": attention_patches,
+    "attention replaced": attention_replaced,
+    "FreeU": lambda m, _: result(nodes_freelunch.FreeU.execute(m, 1.1, 1.2, 0.9, 0.2)),
+    "FreeU_V2": lambda m, _: result(nodes_freelunch.FreeU_V2.execute(m, 1.3, 1.4, 0.9, 0.2)),
+    "HyperTile": lambda m, _: result(nodes_hypertile.HyperTile.execute(m, 64, 2, 0, False)),
+    "PAG": lambda m, _: result(nodes_pag.PerturbedAttentionGuidance.execute(m, 3.0)),
+    "SAG": lambda m, _: result(nodes_sag.SelfAttentionGuidance.execute(m, 0.5, 2.0)),
+    "ToMe": lambda m, _: result(nodes_tomesd.TomePatchModel.execute(m, 0.3)),
+    "DeepShrink": lambda m, _: result(
+        nodes_model_downscale.PatchModelAddDownscale.execute(
+            m, 1, 2.0, 0.0, 0.5, True, "bicubic", "bicubic"
+        )
+    ),
+    "LCM": lcm,
+    "RescaleCFG": lambda m, _: nodes_model_advanced.RescaleCFG().patch(m, 0.7)[0],
+    "ModelMerge": merged,
+}
+# HyperTile draws its tiles at random, and does nothing to so small a picture
+RANDOM = ("HyperTile",)
+
+
+@pytest.mark.parametrize("name", MODEL_ROWS)
+def test_on_the_model(both, plain, conditionings, loras, name):
+    outputs = [sample(MODEL_ROWS[name](model, loras), *conditionings) for model in both]
+    (original, quantized), near = plain
+    assert torch.isfinite(outputs[1]).all()
+    assert sqnr(*outputs) > near - LOW
+    if name not in RANDOM:
+        assert not torch.equal(outputs[1], quantized)
+    # and the MODEL is as it was
+    assert torch.equal(sample(both[1], *conditionings), quantized)
+
+
+# ---- on the conditioning
+
+
+def control_net(model):
+    config = dict(model.model.model_config.unet_config)
+    for name in ("out_channels", "transformer_depth_output", "disable_unet_model_creation"):
+        config.pop(name, None)
+    torch.manual_seed(0)
+    net = comfy.cldm.cldm.ControlNet(
+        **config, hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu"
+    )
+    state = {}
+    for key, tensor in net.state_dict().items():
+        state[key] = torch.randn(tensor.shape) * (0.5 / max(tensor[0].numel(), 1) ** 0.5)
+    return comfy.controlnet.load_controlnet_state_dict(state)
+
+
+def t2i_adapter(model):
+    torch.manual_seed(0)
+    adapter = comfy.t2i_adapter.adapter.Adapter(
+        cin=192, channels=[320, 640, 1280, 1280], nums_rb=2, ksize=1, sk=True, use_conv=False
+    )
+    return comfy.controlnet.load_t2i_adapter(adapter.state_dict())
+
+
+@pytest.mark.parametrize("make", [control_net, t2i_adapter], ids=lambda f: f.__name__)
+def test_control(both, plain, conditionings, make):
+    control = make(both[0])
+    image = torch.rand(1, 8 * SIZE, 8 * SIZE, 3, generator=torch.Generator().manual_seed(1))
+    positive, negative = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(
+        *conditionings, control, image, 0.6, 0.0, 1.0
+    )
+    outputs = [sample(model, positive, negative) for model in both]
+    assert sqnr(*outputs) > plain[1] - LOW
+    assert not torch.equal(outputs[1], plain[0][1])
+
+
+def test_batch_and_areas(both, plain, conditionings):
+    positive, negative = conditionings
+    left = comfy_nodes.ConditioningSetArea().append(positive, 64, 128, 0, 0, 1.0)[0]
+    right = comfy_nodes.ConditioningSetArea().append(negative, 64, 128, 64, 0, 0.8)[0]
+    combined = comfy_nodes.ConditioningCombine().combine(left, right)[0]
+    outputs = [sample(model, combined, negative, batch=2) for model in both]
+    assert outputs[1].shape[0] == 2
+    assert sqnr(*outputs) > plain[1] - LOW
+
+
+def test_a_scheduled_lora_is_refused_in_words(both, conditionings, loras):
+    model = both[1]
+    hooks = comfy.hooks.create_hook_lora(lora=loras[0], strength_model=1.0, strength_clip=0.0)
+    positive = comfy.hooks.set_hooks_for_conditioning(conditionings[0], hooks)
+    with pytest.raises(ValueError, match="a scheduled LoRA .hook. needs weights in 16 bits"):
+        sample(model, positive, conditionings[1])
+
+
+# ---- merging, in every order
+
+
+def test_an_ordinary_model_with_a_quantized_one(both, conditionings, plain):
+    """ModelMerge reads the quantized MODEL's weights, dequantized."""
+    model = nodes_model_merging.ModelMergeSimple().merge(both[0], both[1], 0.0)[0]
+    assert sqnr(plain[0][0], sample(model, *conditionings)) > plain[1] - LOW
+    half = nodes_model_merging.ModelMergeSimple().merge(both[0], both[1], 0.5)[0]
+    assert sqnr(plain[0][0], sample(half, *conditionings)) > plain[1]
+
+
+@pytest.mark.parametrize("node", ["ModelMergeSimple", "ModelMergeBlocks", "ModelAdd"])
+def test_a_quantized_model_with_an_ordinary_one(both, conditionings, plain, node):
+    def merge(model, other):
+        merger = getattr(nodes_model_merging, node)()
+        if node == "ModelMergeBlocks":
+            return merger.merge(model, other, input=0.5, middle=0.5, out=0.5)[0]
+        return merger.merge(model, other, *([0.5] if node == "ModelMergeSimple" else []))[0]
+
+    quantized = merge(both[1], both[0])
+    if node == "ModelAdd":  # twice the weights: noise, but the same noise
+        return
+    assert sqnr(plain[0][0], sample(quantized, *conditionings)) > plain[1] - LOW
+
+
+# ---- saving with ComfyUI's own nodes
+
+
+@pytest.mark.parametrize("layers", ["linear + conv", "linear only"])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_model_save(quantized, sd15, conditionings, loras, tmp_path, layers, with_lora):
+    checkpoint = quantized(Recipe("int8", layers=layers)).checkpoint
+    model = loader.load(checkpoint)
+    if with_lora:
+        model = comfy.sd.load_lora_for_models(model, None, loras[0], 0.5, 0)[0]
+    expected = sample(model, *conditionings)
+    nodes_model_merging.save_checkpoint(
+        model, vae=sd15[2], filename_prefix="x", output_dir=str(tmp_path)
+    )
+    (path,) = tmp_path.glob("x_*.safetensors")
+    again = sample(loader.load_file(str(path)), *conditionings)
+    if with_lora:  # it is baked in, and rounded with the weights
+        assert sqnr(expected, again) > HIGH
+    else:
+        assert torch.equal(again, expected)
+    if layers == "linear only":
+        stock = comfy.sd.load_diffusion_model(str(path))
+        assert torch.equal(sample(stock, *conditionings), again)
+    else:
+        with pytest.raises(RuntimeError, match="detect model type"):
+            comfy.sd.load_diffusion_model(str(path))
+
+
+# ---- how ComfyUI runs it
+
+
+def test_partial_loading(both, plain, conditionings, loras):
+    """As --lowvram does: part of the weights is moved for each call, a LoRA applied on the way."""
+    model = both[1].clone()
+    model.load("cpu", lowvram_model_memory=1_000_000, force_patch_weights=False)
+    moved = [
+        m for m in model.model.diffusion_model.modules() if getattr(m, "comfy_cast_weights", 0)
+    ]
+    assert moved
+    assert torch.equal(sample(model, *conditionings), plain[0][1])
+
+
+def test_multi_gpu_clone(both, plain, conditionings):
+    node = next(
+        getattr(nodes_multigpu, name)
+        for name in dir(nodes_multigpu)
+        if getattr(getattr(nodes_multigpu, name), "__module__", "") == nodes_multigpu.__name__
+        and "MultiGPU" in name
+        and hasattr(getattr(nodes_multigpu, name), "execute")
+    )
+    model = result(node.execute(both[1], 2))
+    assert torch.equal(sample(model, *conditionings), plain[0][1])
+
+
+def test_torch_compile(both, plain, conditionings):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = both[1].clone()
+    set_torch_compile_wrapper(model=model, backend="eager")
+    output = sample(model, *conditionings, sampling=(3, 2, 6.0, "euler", "normal"))
+    wanted = sample(both[1], *conditionings, sampling=(3, 2, 6.0, "euler", "normal"))
+    assert sqnr(wanted, output) > 40
