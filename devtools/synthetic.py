@@ -59,6 +59,15 @@ UNETS: dict[tuple[str, str], dict[str, Any]] = {
         "transformer_depth_output": [1, 1, 1, 1],
         "transformer_depth_middle": 1,
     },
+    # as many blocks a level as T2I-Adapters expect
+    ("sd15", "two levels"): _SD15
+    | {
+        "channel_mult": [1, 2],
+        "num_res_blocks": [2, 2],
+        "transformer_depth": [1, 1, 1, 1],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1],
+        "transformer_depth_middle": 1,
+    },
     ("sd15", "full"): _SD15
     | {
         "channel_mult": [1, 2, 4, 4],
