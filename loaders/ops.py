@@ -37,6 +37,8 @@ class QuantizedOp:
             if weight is not None and torch.float32 == self.COMPUTE_DTYPE:
                 # stock would hold an unquantized Linear in 32 bits; the cast per call is the same
                 self.factory_kwargs = {"device": None, "dtype": weight.dtype}
+            if self._taken_as_it_is(state_dict, prefix):
+                metadata = {**metadata, "assign_to_params_buffers": True}
             super()._load_from_state_dict(
                 state_dict, prefix, metadata, strict, missing, unexpected, errors
             )
@@ -67,6 +69,15 @@ class QuantizedOp:
                 errors.append(f"{rule}, found {tuple(value.shape)}")
                 return
             self.bias = torch.nn.Parameter(value, requires_grad=False)
+
+    def _taken_as_it_is(self, state_dict, prefix: str) -> bool:
+        """Whether the file's memory-mapped tensors can be the parameters: a copy would be theirs
+        again in memory. Not of a checkpoint that shares tensors with another MODEL."""
+        given = [state_dict.get(prefix + name) for name in ("weight", "bias")]
+        own = getattr(self, "weight", None)  # a Linear has none yet
+        return (
+            self.TAKES and own is not None and all(t is None or t.dtype == own.dtype for t in given)
+        )
 
     def _wrong_shape(self, prefix: str, weight: torch.Tensor, errors: list[str]) -> bool:
         expected = self.expected_shape()
@@ -159,19 +170,25 @@ def _branch(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tens
 
 
 def quantized_ops(
-    compute_dtype: torch.dtype, layers: dict[str, Layer], inputs: dict[str, Input], choose
+    compute_dtype: torch.dtype,
+    layers: dict[str, Layer],
+    inputs: dict[str, Input],
+    choose,
+    takes: bool = False,
 ) -> type:
     """The ops class for one model.
 
     compute_dtype: what activations and unquantized weights are computed in.
     layers: module name -> what the file says of it; inputs: of unquantized ones, the same;
-    `choose(layer, shape)` answers a layer's kernel.
+    `choose(layer, shape)` answers a layer's kernel; takes: tensors are the model's alone and become
+    its parameters without a copy.
     """
     base = comfy.ops.mixed_precision_ops({}, compute_dtype)
 
     class Shared(QuantizedOp):
         LAYERS = layers
         INPUTS = inputs
+        TAKES = takes
         COMPUTE_DTYPE = compute_dtype
         CHOOSE = staticmethod(choose)
 

@@ -41,7 +41,7 @@ def load_file(path: str, disable_dynamic: bool = False):
     step = progress(3)
     checkpoint = read(path)
     step()
-    model = load(checkpoint, where=path)
+    model = load(checkpoint, where=path, takes=True)
     step()
     model.cached_patcher_init = (load_file, (path,))
     return model
@@ -51,10 +51,12 @@ def load(
     checkpoint: QuantizedCheckpoint,
     where: str = "the quantized checkpoint",
     arithmetic: str = dispatch.AUTO,
+    takes: bool = False,
 ):
     """Checkpoint -> ModelPatcher, through ComfyUI's detection. The checkpoint is not changed.
 
-    arithmetic: see `dispatch.choose`. Raises ValueError (rule, value, where, remedy).
+    arithmetic: see `dispatch.choose`. takes: the checkpoint is given up, its tensors become the
+    MODEL's without a copy. Raises ValueError (rule, value, where, remedy).
     """
     checkpoint.validate(where)
     device = comfy.model_management.get_torch_device()
@@ -81,6 +83,7 @@ def load(
         lambda layer, shape: dispatch.choose(
             layer, gpu, as_stock, arithmetic, shape, compute_dtype
         ),
+        takes,
     )
     options = {"custom_operations": operations}
     if device.type == "cpu":

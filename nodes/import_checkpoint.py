@@ -54,6 +54,6 @@ class ImportCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, checkpoint_name: str) -> io.NodeOutput:
         path = folders.find_checkpoint(checkpoint_name)
-        model = loader.load(foreign.read(path, progress), where=path)
+        model = loader.load(foreign.read(path, progress), where=path, takes=True)
         text = info.describe(model)
         return io.NodeOutput(model, text, ui={"text": [text]})

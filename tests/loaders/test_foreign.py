@@ -9,6 +9,7 @@ import pickle
 import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import comfy.ldm.modules.attention
 import pytest
@@ -515,3 +516,33 @@ def test_an_ordinary_folder_is_told_apart(tmp_path):
     unets.make("sd15").save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="must hold a quantized UNet"):
         foreign.read(tmp_path / "plain")
+
+
+# ---- dev.py import
+
+
+def test_the_command(saved, tmp_path, capsys):
+    from comfyui_modelopt.devtools import importing
+
+    out = tmp_path / "mine.safetensors"
+    out.write_bytes(b"mine")
+    assert importing.main(Path(saved("sd15", "fp8")), out) == 0
+    assert out.read_bytes() == b"mine"
+    again = loader.read(str(tmp_path / "mine-2.safetensors"))
+    assert again.layers == foreign.read(saved("sd15", "fp8")).layers
+    assert "mine-2.safetensors" in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    from comfyui_modelopt.devtools import importing
+    from comfyui_modelopt.devtools.common import UserError
+
+    path = tmp_path / "x.pt"
+    with pytest.raises(UserError, match="there is no"):
+        importing.check(path, None)
+    path.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="must end in .safetensors"):
+        importing.check(path, tmp_path / "x.bin")
+    with pytest.raises(UserError, match="zip form"):
+        importing.main(path, tmp_path / "y.safetensors")
+    assert not (tmp_path / "y.safetensors").exists()
