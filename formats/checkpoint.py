@@ -231,6 +231,11 @@ def _validate_layer(name: str, layer: Layer, tensors: dict[str, torch.Tensor], w
             _fail(f"{key} of {name} must be stored as {kinds}", value.dtype, where)
         if key != "weight":
             _validate_values(name, key, value, where)
+        if key == "input_scale" and layer.input_amax is not None:
+            made = module.input_scale(torch.tensor(float(layer.input_amax))).item()
+            if abs(made - value.item()) > 1e-5 * made:
+                rule = f"input_scale of {name} must be that of its input_amax {layer.input_amax}"
+                _fail(rule, value.item(), where)
 
 
 def _validate_values(name: str, key: str, value: torch.Tensor, where: str) -> None:

@@ -102,14 +102,18 @@ def for_others_to_save(checkpoint: QuantizedCheckpoint) -> dict[str, torch.Tenso
     return {prefix + name: t for name, t in (marked(checkpoint) | {HEADER_TENSOR: header}).items()}
 
 
+def _is_text(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.uint8 and tensor.ndim == 1
+
+
 def _unpacked(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
 ) -> tuple[dict[str, torch.Tensor], str | None]:
     """The UNet's tensors of a file without their prefix, and its header's text if there is one."""
     text = (metadata or {}).get(HEADER)
     place = next((key for key in tensors if key.rpartition(".")[2] == HEADER_TENSOR), None)
-    if text is None and place is not None:
-        text = bytes(tensors[place].view(torch.uint8).tolist()).decode("utf-8", "replace")
+    if text is None and place is not None and _is_text(tensors[place]):
+        text = bytes(tensors[place].tolist()).decode("utf-8", "replace")
     prefix = PREFIX if any(key.startswith(PREFIX) for key in tensors) else ""
     if place is not None:
         prefix = place.removesuffix(HEADER_TENSOR)
@@ -162,7 +166,7 @@ def _header(text: str | None, where: str) -> dict:
         )
     try:
         header = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the header must be JSON, {where} has {error}: {REMEDY}") from error
     for name, kinds in HEADER_TYPES.items():
         if isinstance(header, dict) and not isinstance(header.get(name), kinds):
@@ -215,12 +219,12 @@ def _layer(name: str, entry, where: str) -> Layer:
     if not isinstance(activations, str):
         _fail_entry("activations", "a word", name, activations, where)
     amax, exceptions = entry.get("input_amax"), entry.get("amax_exceptions", {})
-    if amax is not None and not isinstance(amax, (int, float)):
-        _fail_entry("input_amax", "a number", name, amax, where)
+    if amax is not None and not _positive(amax):
+        _fail_entry("input_amax", "a positive number", name, amax, where)
     if not isinstance(exceptions, dict) or not all(
-        key.isdecimal() and isinstance(value, (int, float)) for key, value in exceptions.items()
+        key.isdecimal() and _positive(value) for key, value in exceptions.items()
     ):
-        _fail_entry("amax_exceptions", "numbers by channel", name, exceptions, where)
+        _fail_entry("amax_exceptions", "positive numbers by channel", name, exceptions, where)
     return Layer(
         **{key: entry[key] for key in fields},
         shape=None if shape is None else tuple(shape),
@@ -236,9 +240,14 @@ def _input(name: str, entry, where: str) -> Input:
     form, amax = entry.get("format"), entry.get("amax")
     if form not in ("int8", "fp8"):
         _fail_entry("the format of the input", "int8 or fp8", name, form, where)
-    if not isinstance(amax, (int, float)) or not 0 < amax < float("inf"):
+    if not _positive(amax):
         _fail_entry("the amax of the input", "a positive number", name, amax, where)
     return Input(form, amax)
+
+
+def _positive(value) -> bool:
+    """Whether JSON's value is a number that float32 holds, above 0."""
+    return type(value) in (int, float) and 0 < value < 3.4e38
 
 
 def _fail_entry(key: str, rule: str, name: str, found, where: str) -> None:

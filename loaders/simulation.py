@@ -20,23 +20,25 @@ SIMULATED = frozenset(
 def of(layer: Layer) -> Callable:
     """run(x, input_scale, weight, bias, *geometry) of a layer that is in SIMULATED."""
 
-    def input_amax(x):
+    def input_amax(x, input_scale):
+        if layer.static and layer.input_amax is None:
+            return input_scale * formats.FORMATS[layer.format].QMAX
         if layer.static:
-            return torch.tensor(layer.input_amax or 0.0, device=x.device)
+            return torch.tensor(layer.input_amax, device=x.device)
         return x.float().abs().amax(dim=-1, keepdim=True)
 
     def int8(function, x, input_scale, weight, bias, *geometry):
         amax = _weight_amax(layer, weight._params.scale)
-        return function(x, input_amax(x), weight._qdata, amax, bias, *geometry)
+        return function(x, input_amax(x, input_scale), weight._qdata, amax, bias, *geometry)
 
     def fp8(function, x, input_scale, weight, bias, *geometry):
         scale = weight._params.scale
-        return function(x, input_amax(x), weight._qdata, scale, bias, *geometry)
+        return function(x, input_amax(x, input_scale), weight._qdata, scale, bias, *geometry)
 
     def w4a8(function, x, input_scale, weight, bias, *geometry):
         stored = weight.layout_cls.stored(weight._qdata, weight._params)
         values, scale = formats.w4a8.to_fp8(stored, weight._params.orig_shape)
-        return function(x, input_amax(x), values, scale, bias, *geometry)
+        return function(x, input_amax(x, input_scale), values, scale, bias, *geometry)
 
     run = {"int8": int8, "fp8": fp8, "w4a8": w4a8}[layer.format]
     kernels = int8_kernels if layer.format == "int8" else fp8_kernels

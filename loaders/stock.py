@@ -38,7 +38,10 @@ def load(path: str):
     """File -> MODEL, exactly as "Load Diffusion Model" gives it. Raises ValueError in house form."""
     try:
         return comfy.sd.load_diffusion_model(path)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (
+        *(RuntimeError, ValueError, TypeError, AttributeError),
+        *(KeyError, IndexError, AssertionError),
+    ) as error:
         raise ValueError(
             f"a quantized file without this pack's header must be one that stock ComfyUI opens, "
             f"{path} is not ({error}): get it again, or ask its author what it is for"

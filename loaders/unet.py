@@ -110,7 +110,11 @@ def load(
     _check_complete(model, checkpoint, expected, where)
     header = {"model": type(model.model.model_config).__name__, **checkpoint.header}
     header["opens_in_stock"] = checkpoint.opens_in_stock
-    model.set_attachments(ATTACHMENT, Loaded(header, checkpoint))
+    found = Loaded(header, checkpoint)
+    own = set(model.model.diffusion_model.state_dict())
+    # what tells ComfyUI of v-prediction and EDM is no weight of the UNet
+    found.markers = {name: t for name, t in checkpoint.tensors.items() if name not in own}
+    model.set_attachments(ATTACHMENT, found)
     _log_kernels(model, where, gpu)
     return model
 
@@ -136,12 +140,14 @@ def _stored_dtype(checkpoint: QuantizedCheckpoint) -> torch.dtype:
 
 
 class Loaded:
-    """What a MODEL of ours carries along through clones: header, layers and stored dtypes."""
+    """What a MODEL of ours carries along through clones: header, layers, stored dtypes, and tensors
+    that are not the UNet's."""
 
     def __init__(self, header: dict, checkpoint: QuantizedCheckpoint):
         self.header = header
         self.layers = dict(checkpoint.layers)
         self.inputs = dict(checkpoint.inputs)
+        self.markers: dict[str, torch.Tensor] = {}
         self.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
 
 
@@ -163,7 +169,7 @@ def to_checkpoint(model) -> QuantizedCheckpoint:
     """
     info = loaded(model)
     state = model.model_state_dict(UNET)
-    tensors = {}
+    tensors = dict(info.markers)
     for key, value in state.items():
         name = key.removeprefix(UNET)
         if name.endswith(".comfy_quant"):

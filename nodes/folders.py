@@ -45,18 +45,21 @@ def checkpoint_names() -> list[str]:
     found = {name for name in names(CHECKPOINTS) if os.path.basename(name) != STATE}
     for root in folder_paths.get_folder_paths(CHECKPOINTS):
         for config in Path(root).glob("**/config.json"):
-            place = config.parent.relative_to(root)
-            if place.parts and any(config.parent.glob("*.safetensors")):
+            place, parent = config.parent.relative_to(root), config.parent.parent
+            if (parent / "model_index.json").is_file():  # a pipeline: its UNet stands for it
+                if place.name == "unet":
+                    found.add(place.parent.as_posix())
+            elif place.parts and any(config.parent.glob("*.safetensors")):
                 found.add(place.as_posix())
-    return sorted(found)
+    return sorted(found - {"."})
 
 
 def find_checkpoint(name: str) -> str:
     """Full path of a file or folder to import. Raises ValueError where there is none."""
     register()
-    for root in folder_paths.get_folder_paths(CHECKPOINTS):
+    for root in folder_paths.get_folder_paths(CHECKPOINTS) if name in checkpoint_names() else ():
         path = os.path.join(root, name)
-        if name and folder_paths.is_within_directory(root, path) and os.path.exists(path):
+        if os.path.exists(path):
             return path
     raise ValueError(
         f"a checkpoint to import must lie in {root_of(CHECKPOINTS)}, got {name!r}, which is not "
@@ -91,8 +94,8 @@ def checkpoint_fingerprint(name: str) -> str:
         path = find_checkpoint(name)
     except ValueError:
         return "missing"
-    inside = sorted(Path(path).iterdir()) if os.path.isdir(path) else [path]
-    return "\n".join(_state(str(one)) for one in inside)
+    inside = sorted(Path(path).glob("**/*")) if os.path.isdir(path) else [Path(path)]
+    return "\n".join(_state(str(one)) for one in inside if one.exists())
 
 
 def _state(path: str) -> str:

@@ -78,6 +78,12 @@ def quantized_unet(
             f"SVDQuant's branches cannot be exported yet, {len(branches)} layers have one, the "
             f"first {branches[0]}: quantize with another algorithm"
         )
+    e5m2 = [name for name, layer in checkpoint.layers.items() if layer.format not in WEIGHTS]
+    if e5m2:
+        raise ValueError(
+            f"ModelOpt must have the format, it has no {checkpoint.layers[e5m2[0]].format}, which "
+            f"{len(e5m2)} layers are in, the first {e5m2[0]}: quantize with another format"
+        )
     unet = diffusers_unet.build(unet_config)
     state, kept, dropped = _weights(checkpoint, names, step)
     missing, unexpected = unet.load_state_dict(state, strict=False, assign=True)
@@ -126,15 +132,21 @@ def _weights(checkpoint: QuantizedCheckpoint, names: Mapping[str, str], step):
     """State dict in diffusers' names, modules that stay quantized, and those that do not."""
     theirs = {ours: name for name, ours in names.items()}
     state, kept, dropped = {}, {}, []
+    strange = [name for name in (*checkpoint.layers, *checkpoint.inputs) if name not in theirs]
+    if strange:
+        raise ValueError(
+            f"the UNet must be one that diffusers knows, {strange[0]} is not in diffusers: export "
+            "an SD1.5 or SDXL UNet"
+        )
     for name, layer in checkpoint.layers.items():
         own = _own(checkpoint, name)
         shape = layer.shape or tuple(own["weight"].shape)
         weight = FORMATS[layer.format].dequantize(own, shape)
-        if layer.format not in WEIGHTS or (layer.kind == "conv2d" and layer.shape is not None):
+        if layer.kind == "conv2d" and layer.shape is not None:
             dropped.append(name)
         else:
             kept[theirs[name]] = layer
-        state[f"{theirs[name]}.weight"] = weight.to(torch.float16)
+        state[f"{theirs[name]}.weight"] = _narrow(weight)
         step()
     scales = {f"{n}.{key}" for n, x in checkpoint.layers.items() for key in ("weight", *x.scales)}
     for key, tensor in checkpoint.tensors.items():
@@ -142,6 +154,13 @@ def _weights(checkpoint: QuantizedCheckpoint, names: Mapping[str, str], step):
         if key not in scales and module in theirs:
             state[f"{theirs[module]}.{leaf}"] = tensor
     return state, kept, dropped
+
+
+def _narrow(weight: torch.Tensor) -> torch.Tensor:
+    """In float16, unless that changes more than the last place of it."""
+    half = weight.to(torch.float16)
+    near = (half.float() - weight).abs() <= 2.0**-10 * weight.abs()
+    return half if bool(near.all()) else weight
 
 
 def _activations(layer: Layer) -> dict | None:

@@ -45,8 +45,8 @@ class Quantizer:
         return any(not state.get("_disabled", False) for state in self.states)
 
     def numerics(self) -> tuple[str, ...]:
-        """The numerics of the enabled members, in words of this module or the file's own."""
-        return tuple(_numerics(state) for state in self.states if not state.get("_disabled", False))
+        """The numerics of the members, in words of this module or the file's own."""
+        return tuple(_numerics(state) for state in self.states)
 
     def amax(self, member: int = 0) -> torch.Tensor | None:
         name = "_amax" if len(self.states) < 2 else f"{member}._amax"
@@ -54,13 +54,15 @@ class Quantizer:
 
 
 def _numerics(state: Mapping) -> str:
+    if state.get("_disabled"):
+        return OFF
     bits = state.get("_num_bits")
-    bits = tuple(bits) if isinstance(bits, (list, tuple)) else bits
+    bits = tuple(bits) if isinstance(bits, list) else bits
     sizes = state.get("_block_sizes") or {}
     sizes = dict(sizes) if isinstance(sizes, Mapping) else {"?": sizes}
     scale = sizes.pop("scale_bits", None)
     scale = tuple(scale) if isinstance(scale, (list, tuple)) else scale
-    sizes.pop("type", None)
+    kind = sizes.pop("type", None)
     beyond = [name for name in BEYOND if state.get(name) not in (None, False)]
     axis = state.get("_axis")
     if not beyond and scale is None and sizes in ({}, {-1: None}):
@@ -75,8 +77,8 @@ def _numerics(state: Mapping) -> str:
             return plain if plain == INT8 or not rows else f"{plain} per channel"
     if not beyond and (bits, sizes, scale) == (4, {-1: 128}, None):
         return INT4
-    if not beyond and (bits, sizes, scale) == ((2, 1), {-1: 16}, (4, 3)):
-        return NVFP4
+    if not beyond and (bits, sizes, scale) == ((2, 1), {-1: 16}, (4, 3)) and kind == "dynamic":
+        return NVFP4  # static ones have calibrated block scales
     if not beyond and (bits, sizes, scale) == ((4, 3), {-1: 32}, (8, 0)):
         return MXFP8
     return f"num_bits {bits}, blocks {sizes}, axis {axis}" + "".join(f", {b[1:]}" for b in beyond)
@@ -94,8 +96,11 @@ def convert(
     smoothing = activations.tensors.get("_pre_quant_scale")
     smoothing = None if smoothing is None else smoothing.reshape(-1)
     up, down = (weights.tensors.get(f"svdquant_lora_{side}") for side in "ba")
+    if (up is None) != (down is None):
+        raise ValueError(f"SVDQuant's branch must have two sides, {name} in {where} has one")
     if not weights.enabled and not activations.enabled:
-        return {"weight": _unsmoothed(weight, smoothing)}, None, None
+        dense = weight if up is None else (weight.float() + up.float() @ down.float())
+        return {"weight": _unsmoothed(dense, smoothing).to(weight.dtype)}, None, None
     kind = KINDS.get(weight.ndim)
     inputs = activations.numerics() if activations.enabled else (OFF,)
     found = KNOWN.get((weights.numerics(), inputs[0])) if len(inputs) == 1 else None

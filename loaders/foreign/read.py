@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import comfy.utils
@@ -13,7 +14,7 @@ from ...formats import files
 from ...formats.checkpoint import Input, Layer, QuantizedCheckpoint
 from ...utils import sha256
 from . import folder, names, torch_file, unified
-from .quantizers import Quantizer, convert, input_of
+from .quantizers import BEYOND, Quantizer, convert, input_of
 
 ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "softmax_quantizer")
 ATTENTION += ("bmm2_output_quantizer",)
@@ -32,6 +33,8 @@ def read(
     if path.is_dir():
         path = folder.component(path)
         make, sources = _of_folder(path), folder.weight_files(path)
+        if (path / folder.STATE).is_file():
+            sources = [*sources, path / folder.STATE]
     elif path.is_file():
         packed = path.suffix.lower() in (".safetensors", ".sft")
         make, sources = (_of_safetensors if packed else _of_file)(path), [path]
@@ -76,18 +79,25 @@ def _of_safetensors(path: Path) -> Exported:
             "mto.save"
         )
     try:
-        quantization = json.loads((metadata or {}).get("quantization_config", "{}"))
-    except ValueError as error:
+        quantization = json.loads((metadata or {}).get("quantization_config", "null"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"quantization_config of the header must be JSON, {path} has {error}: get it again"
         ) from error
-    return Exported(quantization if isinstance(quantization, dict) else {}, found, str(path))
+    if not isinstance(quantization, dict):
+        raise ValueError(
+            "a .safetensors alone must hold its quantization_config, which says how activations are "
+            f"quantized, {path} does not: import the folder that holds its {folder.CONFIG}"
+        )
+    return Exported(quantization, found, str(path))
 
 
 def _of_folder(path: Path) -> Restored | Exported:
     config = folder.config(path)
     found = folder.tensors(path)
     saved = any("_quantizer." in key for key in found)
+    packed = any(key.endswith(".weight_scale") for key in found)
+    saved = saved or ((path / folder.STATE).is_file() and not packed)
     if saved and not (path / folder.STATE).is_file():
         raise ValueError(
             f"a folder with ModelOpt's quantizers must hold {folder.STATE}, {path} does not: save "
@@ -120,11 +130,15 @@ class Exported:
         self.steps = len(self.beside)
 
     def __call__(self, step: Callable[[], None]) -> QuantizedCheckpoint:
-        made, layers = _unquantized(self.plain, self.modules), {}
-        dynamic = _dynamic_activations(self.quantization)
+        made, layers = _unquantized(self.plain, self.modules, self.where), {}
+        inputs = _activations(self.quantization)
+        dynamic = bool(inputs) and all(one.get("dynamic") is True for one in inputs)
         for module, extra in self.beside.items():
             name, weight = self.modules[module], self.plain[f"{module}.weight"]
-            stored, layers[name] = unified.layer(name, weight, extra, dynamic, self.where)
+            with _damage_named(module, self.where):
+                stored, layers[name] = unified.layer(
+                    name, weight, extra, dynamic, bool(inputs), self.where
+                )
             made |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
             step()
         algorithm = str(self.quantization.get("quant_algo"))
@@ -132,12 +146,25 @@ class Exported:
         return _checked(made, layers, header, {}, _version(self.quantization), self.where)
 
 
-def _dynamic_activations(quantization: Mapping) -> bool:
+def _activations(quantization: Mapping) -> list[Mapping]:
+    """What the config's groups say of activations, those that quantize them."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, Mapping):
-        return False
+        return []
     inputs = [g.get("input_activations") for g in groups.values() if isinstance(g, Mapping)]
-    return any(isinstance(one, Mapping) and bool(one.get("dynamic")) for one in inputs)
+    return [one for one in inputs if isinstance(one, Mapping)]
+
+
+@contextlib.contextmanager
+def _damage_named(module: str, where: str) -> Iterator[None]:
+    """Tensors of a shape or kind that no ModelOpt writes fail in the middle of the arithmetic."""
+    try:
+        yield
+    except (RuntimeError, IndexError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(
+            f"the quantizers of a layer must fit its weight, those of {module} in {where} do not "
+            f"({' '.join(str(error).split())[:200]}): the file is damaged, get it again"
+        ) from error
 
 
 class Restored:
@@ -149,7 +176,7 @@ class Restored:
         self.states, self.packed, self.algorithm = _quantizer_states(saved, where)
         self.version = saved.get("modelopt_version")
         if not isinstance(state, Mapping) or not all(
-            isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
+            isinstance(key, str) and _is_dense(t) for key, t in state.items()
         ):
             raise ValueError(
                 f"model_state_dict must hold tensors only, {where} does not: get it again"
@@ -166,7 +193,7 @@ class Restored:
         self.steps = len(self.modules)
 
     def __call__(self, step: Callable[[], None]) -> QuantizedCheckpoint:
-        made, layers, notes = _unquantized(self.plain, self.modules), {}, {}
+        made, layers, notes = _unquantized(self.plain, self.modules, self.where), {}, {}
         norms = _norms(self.quantizers, self.modules, self.where)
         inputs = dict(norms)
         for module, name in self.modules.items():
@@ -178,14 +205,18 @@ class Restored:
                 _refuse_packed(module, self.where)
             given = self.quantizers.get(f"{module}.input_quantizer", Quantizer())
             weight = self.plain[f"{module}.weight"]
-            stored, layer, reason = convert(name, weight, weights, given, self.where)
+            with _damage_named(module, self.where):
+                stored, layer, reason = convert(name, weight, weights, given, self.where)
             made |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
             if layer is not None:
                 layers[name] = layer
             if reason is not None:
                 rounding = input_of(given)
-                what = "weights" if rounding is None else "weights and inputs"
-                why = f"with {what} rounded as ModelOpt does but in floating point: {reason}"
+                what = "weights and inputs" if rounding is not None else "weights"
+                why = f"with {what} rounded as ModelOpt does but in floating point"
+                if rounding is None and given.enabled:
+                    why += ", inputs not rounded"
+                why += f": {reason}"
                 notes.setdefault(why, []).append(name)
                 if rounding is not None:
                     inputs[name] = rounding
@@ -249,21 +280,44 @@ def _quantizer_states(saved, where: str) -> tuple[dict[str, list[dict]], set[str
             f"the checkpoint must be quantized, {where} was saved without quantizers: quantize it "
             "with mtq.quantize first, or here"
         )
-    if not all(isinstance(one, Mapping) for one in states.values()):
+    if not all(isinstance(n, str) and _is_state(one) for n, one in states.items()):
         raise wrong
-    packed = {name for _, m in metadata for name in m.get("q_tensor_state", {})}
+    packed = {name for _, m in metadata for name in m.get("q_tensor_state") or {}}
     algorithm = next((mode for mode, _ in reversed(modes) if mode.endswith("_calibrate")), "max")
     found: dict[str, list[dict]] = {}
     for name, state in states.items():
         if state.get("is_sequential_quantizer"):
             count = state.get("num_quantizers")
-            members = [states.get(f"{name}.{i}") for i in range(count if type(count) is int else 0)]
-            if not members or not all(isinstance(one, Mapping) for one in members):
+            if type(count) is not int or not 0 < count <= len(states):
+                raise wrong
+            members = [states.get(f"{name}.{i}") for i in range(count)]
+            if not all(isinstance(one, Mapping) for one in members):
                 raise wrong
             found[name] = [dict(one) for one in members]
         elif name.rpartition(".")[2].endswith("_quantizer"):
             found[name] = [dict(state)]
     return found, packed, algorithm.removesuffix("_calibrate")
+
+
+def _is_dense(tensor) -> bool:
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    return plain and not tensor.is_meta
+
+
+def _is_state(state) -> bool:
+    """Whether what decides a quantizer's numerics is plain data."""
+    if not isinstance(state, Mapping):
+        return False
+    scalar = (int, float, str, bool, type(None))
+    for key in ("_num_bits", "_axis", "_disabled", "_dynamic", *BEYOND):
+        value = state.get(key)
+        if isinstance(value, (tuple, list)):
+            value = list(value)
+        elif not isinstance(value, Mapping) or key in ("_num_bits", "_axis"):
+            value = [value]
+        if not isinstance(value, Mapping) and not all(isinstance(x, scalar) for x in value):
+            return False
+    return isinstance(state.get("_block_sizes"), (Mapping, type(None)))
 
 
 def _refuse_packed(module: str, where: str):
@@ -293,10 +347,17 @@ def _left_out(quantizers: Mapping[str, Quantizer]) -> list[str]:
     return sentences
 
 
-def _unquantized(plain: Mapping[str, torch.Tensor], modules: Mapping[str, str]) -> dict:
-    """Tensors under ComfyUI's names."""
+def _unquantized(
+    plain: Mapping[str, torch.Tensor], modules: Mapping[str, str], where: str
+) -> dict[str, torch.Tensor]:
+    """Tensors under ComfyUI's names. Raises ValueError for NaN."""
     made = {}
     for key, tensor in plain.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise ValueError(
+                f"weights must be finite, {key} in {where} holds NaN or infinity: the file is "
+                "damaged, get it again"
+            )
         module, _, leaf = key.rpartition(".")
         made[f"{modules[module]}.{leaf}"] = tensor
     return made

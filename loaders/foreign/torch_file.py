@@ -30,7 +30,7 @@ def load(path: Path) -> object:
             f"a checkpoint must hold data only, {path} holds something else and was not opened "
             f"({_cause(error)}): do not use this file unless you know who made it and why"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # torch's reader meets damage with nearly every kind of error
         raise ValueError(
             f"a checkpoint must be a whole file of torch.save, {path} is not ({_cause(error)}): "
             "get it again"

@@ -34,24 +34,31 @@ def split(tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict[str, dict[str
 
 
 def layer(
-    name: str, weight: torch.Tensor, beside: Mapping[str, torch.Tensor], dynamic: bool, where: str
+    name: str,
+    weight: torch.Tensor,
+    beside: Mapping[str, torch.Tensor],
+    dynamic: bool,
+    rounds: bool,
+    where: str,
 ) -> tuple[dict[str, torch.Tensor], Layer]:
     """One exported layer -> its tensors and what the file says of it.
 
-    dynamic: the export's config says that activations are scaled while the model runs. Raises
-    ValueError in house form.
+    dynamic: the export's config says that activations are scaled while the model runs; rounds: that
+    they are quantized at all. Raises ValueError in house form.
     """
     found, tensors, shape = _stored(name, weight, beside, where)
     kind = KINDS.get(len(shape))
     numerics = FORMATS[found]
     scale = beside.get("input_scale")
-    if found in ("fp8", "int8", "w4a8"):
+    if found == "w4a8":
+        way = "" if scale is not None else SIXTEEN
+    elif found in ("fp8", "int8"):
         way = STATIC if scale is not None else PER_TOKEN if dynamic else SIXTEEN
-        own = {"fp8": STATIC, "int8": PER_TOKEN if kind == "linear" else STATIC, "w4a8": STATIC}
+        own = {"fp8": STATIC, "int8": PER_TOKEN if kind == "linear" else STATIC}
         way = "" if way == own[found] else way
     else:
         way = ""
-        if found in ("nvfp4", "mxfp8") and scale is None and not dynamic:
+        if found == "nvfp4" and not rounds:
             way = SIXTEEN
     amax = None
     made = Layer(found, kind, activations=way)
@@ -63,7 +70,11 @@ def layer(
     if smoothing is not None:
         tensors["pre_quant_scale"] = smoothing.reshape(-1)
     up, down = beside.get("svdquant_lora_b"), beside.get("svdquant_lora_a")
-    if up is not None and down is not None:
+    if (up is None) != (down is None):
+        raise ValueError(
+            f"SVDQuant's branch must have two sides, {name} in {where} has one: {DAMAGED}"
+        )
+    if up is not None:
         tensors["svd_up"], tensors["svd_down"] = up, down
     layer = Layer(
         found,

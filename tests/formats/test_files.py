@@ -83,7 +83,7 @@ EDITS = {
     "branch of a convolution": (layer(rank=2), "smoothing and branches are for linear layers"),
     "packed without a shape": (layer(format="int4"), "must state its shape"),
     "another shape": (layer(format="int4", shape=[4, 200, 3, 3]), r"shape \(4, 900\)"),
-    "unknown activations": (layer(activations="per token"), "activations of a.conv must be one of"),
+    "unknown activations": (layer(activations="per token"), "activations of a must be one of"),
     "smoothed convolution": (layer(smoothed=True), "smoothing and branches are for linear layers"),
     "exceptions beyond the channels": (layer(amax_exceptions={"9": 1.0}), "must be below 4"),
     "quality a word": (
@@ -96,7 +96,7 @@ EDITS = {
         "runs in calibration",
     ),
     "baked patches a word": (lambda t, h: h.update(baked_patches="x"), "baked_patches of the"),
-    "amax a word": (layer(input_amax="x"), "input_amax of a must be a number, found 'x'"),
+    "amax a word": (layer(input_amax="x"), "input_amax of a must be a positive number, found 'x'"),
     "unknown format": (layer(format="int3"), "found 'int3'.*update"),
     "layer not a layer": (lambda t, h: h["layers"].update(a=7), "layer a must state"),
     "layers not a table": (lambda t, h: h.update(layers=3), "list the quantized layers"),

@@ -143,3 +143,32 @@ def test_a_shape_that_hides_in_the_padding_is_refused(quantized):
     layers = checkpoint.layers | {name: dataclasses.replace(layer, shape=shape)}
     with pytest.raises(ValueError):
         loader.load(dataclasses.replace(checkpoint, tensors=tensors, layers=layers))
+
+
+@pytest.mark.parametrize("by", ["the pack", "ComfyUI's node"])
+@pytest.mark.parametrize("layers", ["linear + conv", "linear only"])
+def test_v_prediction_survives_saving(tmp_path, by, layers):
+    """ComfyUI reads it from a marker beside the UNet's weights."""
+    import comfy.sd
+    from comfy.model_base import ModelType
+    from comfy_extras import nodes_model_merging
+    from comfyui_modelopt.devtools import synthetic
+    from comfyui_modelopt.quantize import engine
+
+    state = synthetic.unet_state_dict("sdxl") | {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
+    model = comfy.sd.load_diffusion_model_state_dict(state)
+    assert model.model.model_type == ModelType.V_PREDICTION
+    recipe = Recipe("mxfp8", layers=layers)  # needs no recording
+    quantized = loader.load(engine.quantize_model(model, recipe).checkpoint)
+    path = tmp_path / "x.safetensors"
+    if by == "the pack":
+        files.write(loader.to_checkpoint(quantized), path)
+    else:
+        nodes_model_merging.save_checkpoint(
+            quantized, filename_prefix="x", output_dir=str(tmp_path)
+        )
+        (path,) = tmp_path.glob("x_*.safetensors")
+    again = loader.load_file(str(path))
+    for one in (quantized, again):
+        assert one.model.model_type == ModelType.V_PREDICTION
+        assert one.model.model_config.sampling_settings.get("zsnr")

@@ -50,7 +50,7 @@ def test_stock_forms(quantized, tmp_path, recipe, form):
     text = stock.describe(model, path)
     comfy_format = next(iter(layers.values()))["format"]
     count = sum(1 for x in layers.values() if x["format"] == comfy_format)
-    assert f"{count} layers in {comfy_format}" in text or recipe.format == "nvfp4"
+    assert f"{count} layers in {comfy_format}" in text
 
 
 def test_the_old_scaled_fp8(quantized, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.ldm.modules.attention
 import pytest
 import torch
+from comfyui_modelopt.formats import FORMATS
 from comfyui_modelopt.loaders import dispatch, foreign
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import diffusers_unet, export
@@ -52,9 +53,35 @@ def test_mto_restore_gives_the_same_unet(quantized, tmp_path, name):
     ours = unets.run_comfyui(model, "sd15", SEED)
     assert unets.distance(ours, theirs) < 1e-4
     again = foreign.read(path)
-    assert {n: (x.format, x.activations) for n, x in again.layers.items()}.keys() == (
-        checkpoint.layers.keys()
-    )
+    for layers in (again.layers, checkpoint.layers):
+        assert layers.keys() == again.layers.keys()
+    for name, layer in checkpoint.layers.items():
+        theirs = again.layers[name]
+        assert (theirs.format, theirs.kind, theirs.smoothed, theirs.activations) == (
+            *(layer.format, layer.kind, layer.smoothed, layer.activations),
+        ), name
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp8"])
+def test_formats_that_modelopt_runs_on_gpus_only(quantized, tmp_path, form):
+    """Their weights, read back, are the same to the last bit."""
+    checkpoint = quantized(Recipe(form, layers="linear only")).checkpoint
+    _, notes = written(checkpoint, tmp_path / "x.pt")
+    assert notes == []
+    again = foreign.read(tmp_path / "x.pt")
+    for name, layer in checkpoint.layers.items():
+        assert again.layers[name].format == layer.format
+        weights = []
+        for one in (again, checkpoint):
+            own = {key: one.tensors[f"{name}.{key}"] for key in ("weight", *layer.scales)}
+            shape = layer.shape or tuple(own["weight"].shape)
+            weights.append(FORMATS[layer.format].dequantize(own, shape))
+        assert torch.equal(*weights), name
+
+
+def test_e5m2_is_refused(quantized, tmp_path):
+    with pytest.raises(ValueError, match="it has no fp8_e5m2"):
+        written(quantized(Recipe("fp8_e5m2")).checkpoint, tmp_path / "x.pt")
 
 
 def test_what_modelopt_wrote_comes_back_from_an_export(tmp_path):
