@@ -20,6 +20,7 @@ RECIPES = {
     "int8-smoothquant": Recipe("int8", "smoothquant", 0.5),
     "int8-linear-only": Recipe("int8", layers="linear only"),
     "fp8-max": Recipe("fp8", "max"),
+    "fp8-mse": Recipe("fp8", "mse"),
     "fp8-per-token": Recipe("fp8", "max", activations="per token"),
     "fp8-linear-only": Recipe("fp8", "max", layers="linear only"),
 }
@@ -56,6 +57,8 @@ def fake_quantized(model, recipe: Recipe, records, dynamic: bool = True) -> torc
     algorithm = recipe.algorithm
     if algorithm == "smoothquant":
         algorithm = {"method": "smoothquant", "alpha": recipe.alpha}
+    if algorithm == "mse":
+        algorithm = modelopt.MSE_SEARCH
 
     def replay(twin):
         for record in records:
