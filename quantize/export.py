@@ -7,8 +7,6 @@ them again with the same scales gives the same values.
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 
 from ..formats import FORMATS, fp8, int8
 from ..formats.checkpoint import PER_TOKEN, Input, Layer, QuantizedCheckpoint
+from ..utils.files import whole_file
 from . import diffusers_unet
 from .modelopt import E4M3, INT4_BLOCKS, OFF, PER_TENSOR, quiet, require
 
@@ -42,25 +41,14 @@ def write(
     """Writes the file whole or not at all; returns sentences on what it does not hold.
 
     unet_config: ComfyUI's; names: diffusers' module name -> ComfyUI's. `step` is called after each
-    layer. Raises ValueError for what cannot be exported and FileExistsError for a taken name.
+    layer. Raises ValueError for what cannot be exported, and the errors of `whole_file`.
     """
     import modelopt.torch.opt as mto
 
-    path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"a file is never overwritten, {path} exists: choose another name")
     unet, notes = quantized_unet(checkpoint, unet_config, names, step)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            mto.save(unet, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(partial, path)
-    finally:
-        if partial.exists():
-            partial.unlink()
+    needed = sum(tensor.nbytes for tensor in unet.state_dict().values())
+    with whole_file(path, needed) as file:
+        mto.save(unet, file)
     return notes
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -48,9 +50,19 @@ def save_safetensors(
     Raises NameTaken if `path` exists, OSError (with what was needed and what was found) if the
     folder cannot be written or is full. On any error nothing is left behind.
     """
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with whole_file(path, needed) as file:
+        _write(tensors, metadata, file, step)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path | str, needed: int) -> Iterator[BinaryIO]:
+    """A file to write of about `needed` bytes, which gets its name once it is whole.
+
+    Errors as in `save_safetensors`.
+    """
     path = Path(path)
     _refuse_existing(path)
-    needed = sum(tensor.nbytes for tensor in tensors.values())
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         if not path.parent.is_dir():
@@ -58,7 +70,7 @@ def save_safetensors(
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError("not enough space")
         with open(partial, "wb") as file:
-            _write(tensors, metadata, file, step)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         _rename_new(partial, path)
