@@ -1,7 +1,7 @@
 """Bytes and host memory of quantizing and loading full-size UNets, each stage in its own process.
 
-`python benchmarks/file_size.py --family sd15 sdxl` writes benchmarks/results/file_size.json and a
-table. The weights are random (shapes and bytes are those of the real architectures); quantizing
+`python benchmarks/file_size.py --family sd15` writes benchmarks/results/file_size_sd15.json and a
+table; `--variants awq svdquant` measures those only, and keeps the other rows. The weights are random (shapes and bytes are those of the real architectures); quantizing
 replays real UNet calls of a very small picture. Memory is the process's resident set, sampled.
 """
 
@@ -29,7 +29,14 @@ VARIANTS = (
     ("nvfp4", "max", "linear only"),
     ("int4", "max", "linear + conv"),
     ("w4a8", "max", "linear + conv"),
+    ("nvfp4", "awq_lite", "linear + conv"),
+    ("nvfp4", "svdquant", "linear + conv"),
+    ("int4", "awq_lite", "linear + conv"),
+    ("int4", "svdquant", "linear + conv"),
+    ("w4a8", "awq_lite", "linear + conv"),
 )
+# what SVDQuant keeps of a weight beside the quantized rest: counted by itself
+BRANCH = ("svd_up", "svd_down")
 
 
 class PeakMemory:
@@ -105,16 +112,18 @@ def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> d
 
 
 def bits_by_format(checkpoint) -> dict[str, float]:
-    """Format -> bits a weight of its layers, all scales included."""
+    """Format -> bits a weight of its layers, all scales included; SVDQuant's low-rank branches, in
+    bits of the same weights, as `… branch`."""
     stored: dict[str, int] = {}
     weights: dict[str, int] = {}
     for name, layer in checkpoint.layers.items():
         tensors = {key: checkpoint.tensors[f"{name}.{key}"] for key in ("weight", *layer.scales)}
         count = math.prod(layer.shape or tensors["weight"].shape)
-        bits = sum(8 * tensor.nbytes for tensor in tensors.values())
-        stored[layer.format] = stored.get(layer.format, 0) + bits
         weights[layer.format] = weights.get(layer.format, 0) + count
-    return {name: stored[name] / weights[name] for name in stored}
+        for key, tensor in tensors.items():
+            part = f"{layer.format} branch" if key in BRANCH else layer.format
+            stored[part] = stored.get(part, 0) + 8 * tensor.nbytes
+    return {part: bits / weights[part.split()[0]] for part, bits in stored.items()}
 
 
 def cpu_name() -> str:
@@ -154,12 +163,14 @@ def _make(family: str, folder: Path) -> Path:
     return path
 
 
-def measure(family: str, folder: Path) -> list[dict]:
-    """One row a variant."""
+def measure(family: str, folder: Path, wanted: list[str]) -> list[dict]:
+    """One row a variant, of those whose name holds one of the words of `wanted` (all when empty)."""
     source = Path(_run("make", family, str(folder))["path"])
     before = source.stat().st_size
     rows = []
     for variant in VARIANTS:
+        if wanted and not any(word in " ".join(variant) for word in wanted):
+            continue
         target = folder / f"{family}-{'-'.join(variant).replace(' ', '')}.safetensors"
         row = {"family": family, "variant": " ".join(variant), "bytes_before": before}
         row |= _run("quantize", str(source), str(target), *variant)
@@ -201,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", nargs="+", default=["sd15"], choices=["sd15", "sdxl"])
     parser.add_argument("--stage", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--variants", nargs="+", default=[], metavar="WORD")
     args = parser.parse_args()
     if args.stage:
         stage, *rest = args.stage
@@ -213,15 +225,24 @@ def main() -> None:
         _say(json.dumps(result))
         return
     _say(HEAD)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [row for family in args.family for row in measure(family, Path(folder))]
     RESULTS.mkdir(parents=True, exist_ok=True)
+    for family in args.family:
+        with tempfile.TemporaryDirectory() as folder:
+            _write(family, measure(family, Path(folder), args.variants))
+
+
+def _write(family: str, rows: list[dict]) -> None:
+    """Results of one family: rows measured now, beside those of other variants from before."""
+    path = RESULTS / f"file_size_{family}.json"
     machine = f"{cpu_name()}, {platform.system()}, CPU only"
-    name = "file_size_" + "_".join(args.family)
-    text = json.dumps({"machine": machine, "rows": rows}, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
+    kept = {row["variant"]: row for row in before["rows"] if before["machine"] == machine}
+    kept |= {row["variant"]: row for row in rows}
+    order = [" ".join(variant) for variant in VARIANTS]
+    rows = [kept[name] for name in order if name in kept]
+    path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     table = "\n".join([f"Measured by `benchmarks/file_size.py` on: {machine}", "", HEAD])
-    (RESULTS / f"{name}.md").write_text(table + "\n" + "\n".join(map(_line, rows)) + "\n")
+    path.with_suffix(".md").write_text(table + "\n" + "\n".join(map(_line, rows)) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def blocks(model) -> dict[str, tuple[float, float]]:
     totals: dict[str, list[float]] = {}
     for name, parameter in model.model.diffusion_model.named_parameters():
         parts = name.split(".")
-        block = ".".join(parts[:2]) if parts[0] in ("input_blocks", "output_blocks") else parts[0]
+        block = ".".join(parts[:2]) if parts[0].endswith("blocks") else parts[0]
         bits = _bits(parameter)
         entry = totals.setdefault(block, [0.0, 0.0])
         entry[0] += parameter.numel() * bits

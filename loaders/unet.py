@@ -240,10 +240,10 @@ def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], 
         if not name.endswith(".comfy_quant")
     }
     modules = dict(model.model.diffusion_model.named_modules())
-    unloaded = {
+    unloaded = {  # a Linear has no weight before it is loaded
         f"{name}.weight"
         for name, module in modules.items()
-        if isinstance(module, comfy.ops.CastWeightBiasOp) and module.weight is None
+        if isinstance(module, ops.QuantizedOp) and module.weight is None
     }
     missing = sorted((have - expected) | unloaded)
     if missing:

@@ -102,7 +102,8 @@ class Quantize(io.ComfyNode):
             display_name="Quantize UNet (ModelOpt)",
             category="ModelOpt",
             description="Quantizes the UNet of an SD1.5, SDXL or related MODEL with NVIDIA "
-            "ModelOpt, LoRAs attached to it included. The MODEL itself is not changed.",
+            "ModelOpt, LoRAs attached to it included; of FLUX, SD3, Qwen-Image and WAN the Linear "
+            "layers. The MODEL itself is not changed.",
             search_aliases=["quantize", "int8", "fp8", "compress", "calibrate"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to quantize, in 16 or 32 bits."),
@@ -123,7 +124,8 @@ class Quantize(io.ComfyNode):
                     "skip",
                     multiline=True,
                     default="\n".join(layer_choice.DEFAULT_SKIP),
-                    tooltip="Layers to leave in 16 bits: names with * and ?, one a line.",
+                    tooltip="Layers to leave in 16 bits: names with * and ?, one a line. Unchanged, "
+                    "FLUX, SD3, Qwen-Image and WAN get the list of their family.",
                 ),
                 Calibration.Input(
                     "calibration",

@@ -24,7 +24,9 @@ __all__ = ["FORMAT_VERSION", "Calibration", "Record", "Run", "load", "save"]
 
 FORMAT_VERSION = 1
 METADATA = "modelopt_calibration"
-_RANKS = {"x": 4, "timesteps": 1, "context": 3, "y": 2}
+_RANKS = {"x": (4,), "timesteps": (1,), "context": (3,), "y": (2,)}
+# of models that are no UNet: videos have frames, and some models take a timestep for each
+_OTHER_RANKS = {"x": (3, 4, 5), "timesteps": (1, 2, 3), "context": (2, 3, 4), "y": (1, 2, 3)}
 _WIDTHS = {"x": "in_channels", "context": "context_dim", "y": "adm_in_channels"}
 
 
@@ -203,13 +205,17 @@ def _read_record(
     entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], signature: Mapping[str, Any]
 ) -> Record:
     record = Record(**entry).map(lambda name: tensors[name])
-    for name, rank in _RANKS.items():
+    if not isinstance(record.plain, Mapping):
+        raise ValueError(f"plain values that are no table but {record.plain!r}")
+    unet = "model_channels" in signature
+    for name, ranks in (_RANKS if unet else _OTHER_RANKS).items():
         tensor = getattr(record, name)
         if tensor is None:
             continue
         shape = tuple(tensor.shape)
-        if len(shape) != rank:
-            raise ValueError(f"{name} with shape {shape} instead of {rank} dimensions")
+        if len(shape) not in ranks:
+            wanted = " or ".join(map(str, ranks))
+            raise ValueError(f"{name} with shape {shape} instead of {wanted} dimensions")
         if shape[0] != len(record.x):
             raise ValueError(f"{name} with batch {shape[0]} beside x with batch {len(record.x)}")
         width = signature.get(_WIDTHS.get(name))

@@ -15,6 +15,11 @@ def build(config: Mapping[str, object]) -> torch.nn.Module:
             "exporting needs the package diffusers, it is not installed in ComfyUI's Python: run "
             '"pip install diffusers" there and restart ComfyUI'
         )
+    if "channel_mult" not in config:
+        raise ValueError(
+            "what is exported must be a UNet (SD1.5, SDXL and their kin), this model is none: "
+            "save it with Save Quantized UNet instead"
+        )
     from diffusers import UNet2DConditionModel
 
     arguments, middle = _arguments(config)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..formats import FORMATS
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils import sha256
 from ..utils.progress import progress
-from . import modelopt, pack, percentile, quality
+from . import families, modelopt, pack, percentile, quality
 from .layers import select
 from .recipe import AWQ_FULL, AWQ_LITE, SVDQUANT, LayerPlan, Recipe, plan
 
@@ -59,7 +60,11 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
     started = time.monotonic()
     modelopt.require()
     source = bridge.unet_of(model)
-    plans, notes = plan(source, recipe, select(source, recipe.layers, list(recipe.skip)))
+    recipe, notes = families.settle(source, recipe)
+    known = families.family_of(source)
+    layers = select(source, recipe.layers, recipe.skip, known.skip if known else ())
+    plans, moved = plan(source, recipe, layers, shaping(source, recipe, layers))
+    notes += moved
     runs = _runs(model, calibration, recipe, plans, sampling)
     records = [record for run in runs for record in run.records]
     notes += [f"Not part of the quantized UNet: {what}." for what in bridge.left_behind(model)]
@@ -111,6 +116,17 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
     checkpoint = QuantizedCheckpoint(tensors, table, header)
     seconds = time.monotonic() - started
     return Quantized(checkpoint, chosen, references, bytes_before, seconds, step, notes)
+
+
+def shaping(model: torch.nn.Module, recipe: Recipe, layers: Iterable[str]) -> set[str]:
+    """Those of the layers that must not be packed two values a byte, as ComfyUI's detection reads
+    the architecture from their widths. None where the file is not for stock ComfyUI anyway."""
+    from .bridge import detection
+
+    numerics = FORMATS[recipe.format]
+    if numerics.BITS != 4 or not numerics.STOCK:
+        return set()
+    return detection.shaping(model, layers)
 
 
 def measure(quantized: Quantized, model) -> None:

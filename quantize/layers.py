@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -38,9 +39,12 @@ def kind_of(module: torch.nn.Module) -> str | None:
     return "linear" if module.weight.ndim == 2 else None
 
 
-def select(unet: torch.nn.Module, mode: str, skip: list[str]) -> dict[str, str]:
+def select(
+    unet: torch.nn.Module, mode: str, skip: Sequence[str], lists: Sequence[str] = DEFAULT_SKIP
+) -> dict[str, str]:
     """Names of the layers to quantize -> "linear" or "conv2d", in the UNet's order.
 
+    lists: patterns of `skip` that need not match a layer, as not every model of a family has all.
     Raises ValueError for a pattern of the user's that matches no layer (a spelling mistake would
     otherwise quantize a layer that was to be spared), and when nothing is left to quantize.
     """
@@ -48,7 +52,7 @@ def select(unet: torch.nn.Module, mode: str, skip: list[str]) -> dict[str, str]:
         raise ValueError(f"layers must be one of {', '.join(MODES)}, got {mode!r}")
     layers = {name: kind for name, m in unet.named_modules() if (kind := kind_of(m)) is not None}
     for pattern in skip:
-        if pattern not in DEFAULT_SKIP and not any(fnmatchcase(n, pattern) for n in layers):
+        if pattern not in lists and not any(fnmatchcase(n, pattern) for n in layers):
             raise ValueError(
                 f"a skip pattern must match a layer, {pattern!r} matches none of {len(layers)} "
                 f"(such as {_examples(layers)}): correct it or remove the line"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 
 import torch
 
 from ..formats import FORMATS, get
-from ..formats.checkpoint import PER_TOKEN, STATIC, Layer, shaping_layers
+from ..formats.checkpoint import PER_TOKEN, STATIC, Layer
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
@@ -120,14 +120,16 @@ class LayerPlan:
 
 
 def plan(
-    unet: torch.nn.Module, recipe: Recipe, layers: Mapping[str, str]
+    unet: torch.nn.Module,
+    recipe: Recipe,
+    layers: Mapping[str, str],
+    shaping: Set[str] = frozenset(),
 ) -> tuple[dict[str, LayerPlan], list[str]]:
     """Layer name -> its plan, and sentences on layers that get another format than the recipe's.
 
-    Raises ValueError for a Linear whose shape does not fit the format.
+    shaping: names of layers whose stored width must be that of their weight. Raises ValueError for a Linear whose shape does not fit the format.
     """
     plans, moved = {}, {}
-    shaping = shaping_layers(name for name, _ in unet.named_modules())
     for name, kind in layers.items():
         form, algorithm = recipe.format, _algorithm(recipe, kind)
         reason = _why_second(name, unet.get_submodule(name).weight, recipe, name in shaping)

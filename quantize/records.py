@@ -7,6 +7,7 @@ short): taking every second call would otherwise keep one of them only.
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -48,8 +49,9 @@ def keep(tensor: torch.Tensor) -> torch.Tensor:
 class Record:
     """The arguments of one UNet call, on the CPU, in the dtypes seen. Never write to them.
 
-    x [B, C, H, W]; timesteps [B]; context [B, T, D] or None; y [B, A] or None; control: ControlNet
-    residuals by `input`, `middle`, `output`; kwargs: tensors that were passed by other names.
+    x [B, C, H, W], of a video model [B, C, T, H, W]; timesteps [B]; context [B, T, D] or None;
+    y [B, A] or None; control: ControlNet residuals by `input`, `middle`, `output`; kwargs: tensors
+    and lists of tensors that were passed by other names; plain: JSON-able values likewise.
     index: which call of its run it was. kind: calls of one kind differ in time only.
     """
 
@@ -58,7 +60,8 @@ class Record:
     context: torch.Tensor | None = None
     y: torch.Tensor | None = None
     control: Control | None = None
-    kwargs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    kwargs: Mapping[str, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
+    plain: Mapping[str, Any] = field(default_factory=dict)
     index: int = 0
     kind: int = 0
 
@@ -78,7 +81,10 @@ class Record:
             context=maybe(self.context),
             y=maybe(self.y),
             control=control,
-            kwargs={name: change(tensor) for name, tensor in self.kwargs.items()},
+            kwargs={
+                name: [change(t) for t in value] if isinstance(value, list) else change(value)
+                for name, value in self.kwargs.items()
+            },
         )
 
     def arguments(
@@ -101,11 +107,12 @@ class Record:
         there = self.map(moved)
         named = {
             "context": there.context,
-            "y": there.y,
             "control": there.control,
             "transformer_options": dict(transformer_options or {}),
         }
-        return (there.x, there.timesteps), named | dict(there.kwargs)
+        if there.y is not None:  # not every model has one
+            named["y"] = there.y
+        return (there.x, there.timesteps), dict(there.plain) | dict(there.kwargs) | named
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +161,27 @@ def thin(records: Sequence[Record], count: int, phase: float = 0.5) -> tuple[Rec
     return tuple(sorted(chosen, key=lambda record: record.index))
 
 
+def _sorted_out(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Named arguments -> tensors and lists of them, and JSON-able values."""
+    tensors: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        listed = isinstance(value, list | tuple)
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif listed and value and all(isinstance(entry, torch.Tensor) for entry in value):
+            tensors[name] = list(value)
+        else:
+            try:
+                plain[name] = json.loads(json.dumps(value))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    "a recorded call takes tensors, lists of tensors and plain values, got "
+                    f"{type(value).__name__} in {name}: this model cannot be recorded in this graph"
+                ) from error
+    return tensors, plain
+
+
 def _kinds_within(budget: int) -> int:
     """Kinds told apart: each must have room for its first and its last call."""
     return max(1, budget // 2)
@@ -190,7 +218,8 @@ class Recorder:
         control: Control | None = None,
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Copy a call to the CPU. Of `kwargs`, tensors only."""
+        """Copy a call to the CPU. Of `kwargs`, tensors, lists of them, and JSON-able values; raises
+        ValueError for another, without which the call could not be replayed."""
         with self._lock:
             number = self._kinds.setdefault(kind, len(self._kinds)) % _kinds_within(self.budget)
             position = self._seen.get(number, 0)
@@ -206,8 +235,8 @@ class Recorder:
             keep_it = position % self._stride == 0
             if not (keep_it or keep_last):
                 return
-            tensors = {k: v for k, v in (kwargs or {}).items() if isinstance(v, torch.Tensor)}
-            call = Record(x, timesteps, context, y, control, tensors, index, number)
+            tensors, plain = _sorted_out(kwargs or {})
+            call = Record(x, timesteps, context, y, control, tensors, plain, index, number)
             record = call.map(keep)
             if keep_it:
                 self._kept.append((position, record))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import comfy.patcher_extension
 import comfy.sample
 import comfy.utils
 import torch
@@ -14,9 +13,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ..calibration import Calibration
 from ..records import Recorder, Run
 from ..thinning import shares
+from .tap import Tap
 from .unet import source_file
 
-KEY = "modelopt_record"
 ARCHITECTURE = (
     "in_channels",
     "out_channels",
@@ -33,18 +32,25 @@ ARCHITECTURE = (
 
 
 def signature(model: Any) -> dict[str, Any]:
-    """JSON-able facts of a MODEL's UNet architecture. Raises ValueError where it has no UNet."""
+    """JSON-able facts of the architecture of a MODEL's UNet, or of what stands in its place."""
     base = model.model
-    unet = getattr(base, "diffusion_model", None)
-    if not isinstance(unet, UNetModel):
-        raise ValueError(
-            "the model must be built on a UNet (SD1.5, SDXL and their kin), got "
-            f"{type(unet).__name__} in a {type(base).__name__} MODEL: use an SD1.5 or SDXL model"
-        )
     config = base.model_config.unet_config
-    facts = {name: config[name] for name in ARCHITECTURE if config.get(name) is not None}
+    if isinstance(base.diffusion_model, UNetModel):
+        facts = {name: config[name] for name in ARCHITECTURE if config.get(name) is not None}
+    else:
+        facts = {f"config.{name}": x for name, x in config.items() if _plain(x) and x is not None}
+        facts["class"] = type(base.diffusion_model).__name__
     lists = {name: list(value) for name, value in facts.items() if isinstance(value, list | tuple)}
     return {"model": type(base).__name__} | facts | lists
+
+
+def _plain(value: Any) -> bool:
+    """Whether JSON holds a value of a model's configuration."""
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def record(
@@ -86,7 +92,7 @@ def record(
         denoise=denoise,
     )
     settings = {"steps": steps, "cfg": cfg, "sampler": sampler_name, "scheduler": scheduler}
-    run = _run(recorder, latent, prompt=prompt, seed=seed, denoise=denoise, **settings)
+    run = _run(model, recorder, latent, prompt=prompt, seed=seed, denoise=denoise, **settings)
     return latent, base.add_run(run, max_records) if run.records else base
 
 
@@ -107,7 +113,7 @@ def record_prompts(
     """Sample an empty latent for each prompt, with seed, seed + 1, …, and record what the UNet saw.
 
     width, height in pixels. With fewer records than prompts, evenly spaced prompts are sampled.
-    Raises ValueError for a MODEL without a UNet, no CLIP, or no prompt.
+    Raises ValueError for no CLIP, or no prompt.
     """
     import nodes  # ComfyUI's own
 
@@ -152,7 +158,7 @@ def record_prompts(
             _overall_progress(model, bar, done, len(chosen)),
         )
         settings = {"steps": steps, "cfg": cfg, "sampler": sampler_name, "scheduler": scheduler}
-        run = _run(recorder, latent, prompt=prompt, seed=own_seed, number=number, **settings)
+        run = _run(model, recorder, latent, prompt=prompt, seed=own_seed, number=number, **settings)
         runs.append(run.thinned(quota))
     return Calibration(tuple(runs), made.signature, made.source)
 
@@ -169,29 +175,12 @@ def _base_for(model: Any, calibration: Calibration | None) -> Calibration:
 
 def _recording(model: Any, recorder: Recorder) -> Any:
     """A clone of a MODEL whose UNet calls go to `recorder`; no tensor is copied."""
-
-    def wrapper(
-        executor: Callable,
-        x: torch.Tensor,
-        timesteps: torch.Tensor | None = None,
-        context: torch.Tensor | None = None,
-        y: torch.Tensor | None = None,
-        control: dict | None = None,
-        transformer_options: dict | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        options = {} if transformer_options is None else transformer_options
-        conds = (*options.get("cond_or_uncond", ()), *options.get("uuids", ()))
-        recorder.add((conds, x.shape), x, timesteps, context, y, control, kwargs)
-        return executor(x, timesteps, context, y, control, options, **kwargs)
-
     clone = model.clone()
-    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-    clone.add_wrapper_with_key(kind, KEY, wrapper)
+    Tap(recorder).put_on(clone)
     return clone
 
 
-def _run(recorder: Recorder, latent: dict[str, Any], **facts: Any) -> Run:
+def _run(model: Any, recorder: Recorder, latent: dict[str, Any], **facts: Any) -> Run:
     records = recorder.records
     for record in records:
         if not bool(torch.isfinite(record.x).all()):
@@ -201,7 +190,9 @@ def _run(recorder: Recorder, latent: dict[str, Any], **facts: Any) -> Run:
                 "settings, try another precision, sampler or cfg"
             )
     height, width = latent["samples"].shape[-2:]
-    return Run(records, calls=recorder.calls, width=8 * width, height=8 * height, **facts)
+    pixels = model.model.latent_format.spacial_downscale_ratio
+    size = {"width": pixels * width, "height": pixels * height}
+    return Run(records, calls=recorder.calls, **size, **facts)
 
 
 def _encode(clip: Any, text: str) -> list:

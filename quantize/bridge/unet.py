@@ -13,7 +13,6 @@ import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..quality import outputs
@@ -51,13 +50,8 @@ CONTAINERS = (
 
 
 def unet_of(model) -> torch.nn.Module:
-    """The UNet of a MODEL. Raises ValueError if it has none or is quantized already."""
+    """The diffusion model of a MODEL. Raises ValueError if it is quantized already."""
     unet = model.model.diffusion_model
-    if not isinstance(unet, UNetModel):
-        raise ValueError(
-            "this node quantizes UNets (SD1.5, SD2, SDXL and their kin), the MODEL is a "
-            f"{type(unet).__name__}: connect a MODEL of such an architecture"
-        )
     for name, parameter in unet.named_parameters():
         if isinstance(parameter, QuantizedTensor) or parameter.dtype.itemsize < 2:
             raise ValueError(

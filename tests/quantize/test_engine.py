@@ -194,23 +194,6 @@ def test_nan_weights_are_named(checkpoints, calibration):
         engine.quantize_model(model, INT8, calibration)
 
 
-def test_a_model_without_a_unet():
-    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
-
-    class Transformer(torch.nn.Module):
-        pass
-
-    class Base:
-        diffusion_model = Transformer()
-
-    class Patcher:
-        model = Base()
-
-    assert not isinstance(Base.diffusion_model, openaimodel.UNetModel)
-    with pytest.raises(ValueError, match="the MODEL is a Transformer"):
-        engine.quantize_model(Patcher(), INT8)
-
-
 def test_sixteen_bits():
     assert pack.sixteen_bits(torch.tensor([1.5])).dtype == torch.float16
     assert pack.sixteen_bits(torch.tensor([1e6])).dtype == torch.bfloat16

@@ -399,16 +399,6 @@ def test_a_calibration_of_another_architecture_is_refused_before_sampling(loaded
     assert outputs == []
 
 
-def test_a_model_without_a_unet_is_refused(loaded, conds, monkeypatch):
-    monkeypatch.setattr(loaded[0].model, "diffusion_model", torch.nn.Linear(2, 2))
-    with pytest.raises(
-        ValueError, match=r"built on a UNet .* got Linear in a BaseModel MODEL: use"
-    ):
-        sampling.record(loaded[0], **settings(conds), max_records=2)
-    with pytest.raises(ValueError, match="built on a UNet"):
-        sample_prompts(loaded, ["a"], 2)
-
-
 def test_pooled_conditioning_of_sdxl_is_recorded(tmp_path):
     specs = synthetic.unet_specs("sdxl", "tiny")
     state = synthetic.state_dict(specs, prefix=synthetic.UNET)

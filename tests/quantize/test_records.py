@@ -98,7 +98,8 @@ def test_records_are_copies_that_work_outside_inference_mode():
     assert torch.equal(record.x, torch.full((2, 4, 2, 2), 5.0))
     assert not record.x.is_inference() and not record.control["input"][0].is_inference()
     assert [t is None for t in record.control["input"]] == [False, True]
-    assert list(record.kwargs) == ["mask"]
+    assert list(record.kwargs) == ["mask"] and record.plain == {"frames": 3}
+    assert record.arguments()[1]["frames"] == 3
 
 
 def test_arguments_are_fresh_and_cast_all_but_the_timesteps():
@@ -119,7 +120,7 @@ def test_arguments_are_fresh_and_cast_all_but_the_timesteps():
 def test_a_record_without_conditioning_replays_without():
     record = Record(torch.zeros(1, 4, 2, 2), torch.tensor([999.0]))
     _, named = record.arguments("cpu", torch.bfloat16)
-    assert named["context"] is named["y"] is named["control"] is None
+    assert named["context"] is named["control"] is None and "y" not in named
 
 
 def test_single_records_of_many_runs_cover_the_trajectory():

@@ -1,0 +1,229 @@
+"""Models beyond UNets: recorded, quantized, saved, opened by our loader and by stock ComfyUI's code."""
+
+import comfy.ldm.flux.model
+import comfy.ops
+import comfy.sd
+import pytest
+import torch
+from comfyui_modelopt.formats import files
+from comfyui_modelopt.loaders import info
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.quantize import calibration as calibrations
+from comfyui_modelopt.quantize import engine, families
+from comfyui_modelopt.quantize.bridge import sampling
+from comfyui_modelopt.quantize.quality import sqnr_db
+from comfyui_modelopt.quantize.recipe import Recipe
+from safetensors import safe_open
+
+import nodes
+
+from .. import families as small
+
+# kind -> MODEL and CALIBRATION, made once
+_made: dict = {}
+
+
+def made(kind, tmp_path_factory):
+    if kind not in _made:
+        path = small.write(kind, tmp_path_factory.mktemp(kind) / f"{kind}.safetensors")
+        model = comfy.sd.load_diffusion_model(str(path))
+        _made.clear()  # Qwen-Image's is not small
+        _made[kind] = model, record(kind, model)
+    return _made[kind]
+
+
+def record(kind, model, **other):
+    settings = {"steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"} | other
+    _, found = sampling.record(
+        model,
+        seed=0,
+        positive=small.conditioning(kind),
+        negative=small.conditioning(kind, 1),
+        latent_image=small.latent(kind),
+        denoise=1.0,
+        max_records=4,
+        **settings,
+    )
+    return found
+
+
+def sample(kind, model):
+    (latent,) = nodes.common_ksampler(
+        model,
+        3,
+        2,
+        3.0,
+        "euler",
+        "normal",
+        small.conditioning(kind, 2),
+        small.conditioning(kind, 3),
+        small.latent(kind),
+    )
+    return latent["samples"]
+
+
+# what the recipe gives at least, in dB: a hand's breadth below what was measured
+FLOORS = {"fp8": 29, "int8": 36, "mxfp8": 29, "nvfp4": 18, "int4": 16, "w4a8": 14}
+CASES = [
+    (kind, form, algorithm)
+    for kind in ("flux", "sd3", "wan")
+    for form, algorithm in (
+        ("fp8", "mse"),
+        ("int8", "max"),
+        ("int8", "smoothquant"),
+        ("mxfp8", "max"),
+        ("nvfp4", "max"),
+        ("int4", "max"),
+        ("w4a8", "max"),
+    )
+] + [("qwen_image", "fp8", "max"), ("qwen_image", "nvfp4", "max")]
+
+
+@pytest.mark.parametrize(("kind", "form", "algorithm"), CASES)
+def test_the_whole_way(kind, form, algorithm, tmp_path, tmp_path_factory):
+    model, calibration = made(kind, tmp_path_factory)
+    quantized = engine.quantize_model(model, Recipe(form, algorithm), calibration)
+    ours = loader.load(quantized.checkpoint)
+    engine.measure(quantized, ours)
+    assert quantized.figures["sqnr_db"] > FLOORS[form]
+    skip = families.family_of(model.model.diffusion_model).skip
+    header = quantized.checkpoint.header["recipe"]
+    assert header["skip"] == list(skip) and header["layers"] == "linear only"
+    assert any("linear only" in note for note in quantized.notes)
+    assert all(layer.format == form for layer in quantized.checkpoint.layers.values())
+
+    path = tmp_path / "out.safetensors"
+    files.write(quantized.checkpoint, path)
+    again = loader.load_file(str(path))
+    samples = sample(kind, ours)
+    assert torch.equal(sample(kind, again), samples)
+    assert info.describe(again) and len(info.blocks(again)) > 2
+
+    stock = algorithm != "smoothquant" and form not in ("int4", "w4a8")
+    assert quantized.checkpoint.opens_in_stock == stock
+    if not stock:
+        with pytest.raises(RuntimeError, match="Could not detect model type"):
+            comfy.sd.load_diffusion_model(str(path))
+        return
+    theirs = sample(kind, comfy.sd.load_diffusion_model(str(path)))
+    if form == "int8":
+        # stock computes a Linear in floating point where its input is not contiguous
+        assert sqnr_db(samples, theirs) > 30
+    else:
+        assert torch.equal(theirs, samples)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "wan"])
+def test_a_recorded_call_replays_to_the_same_output(kind, tmp_path, tmp_path_factory):
+    model, calibration = made(kind, tmp_path_factory)
+    path = tmp_path / "calibration.safetensors"
+    calibrations.save(calibration, path)
+    back = calibrations.load(path)
+    assert len(back) == len(calibration) == 3
+    seen = []
+    clone = model.clone()
+    diffusion = clone.model.diffusion_model
+    hook = diffusion.register_forward_hook(lambda *call: seen.append(call[-1].clone()))
+    try:
+        record(kind, clone)
+    finally:
+        hook.remove()
+    for entry, output in zip(back, seen, strict=True):
+        args, kwargs = entry.arguments(model.load_device)
+        with torch.inference_mode():
+            assert torch.equal(diffusion(*args, **kwargs), output)
+    assert not diffusion._forward_pre_hooks
+    assert calibration.runs[0].width == small.CALLS[kind][0][-1] * 8
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "wan", "qwen_image"])
+def test_a_family_keeps_its_sensitive_layers(kind):
+    cls, config = small.MODELS[kind]
+    model = cls(**config, device="meta", operations=torch.nn)
+    family = families.family_of(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    chosen = engine.select(model, "linear only", family.skip, family.skip)
+    assert 0.4 * len(names) < len(chosen) < len(names)
+    kept = " ".join(set(names) - set(chosen))
+    words = {
+        "flux": ("img_in", "txt_in", "final_layer", "modulation", "vector_in", "guidance_in"),
+        "sd3": ("context_embedder", "adaLN_modulation", "final_layer", "y_embedder"),
+        "wan": ("text_embedding", "time_projection", "head"),
+        "qwen_image": ("img_in", "txt_in", "img_mod", "norm_out", "proj_out"),
+    }[kind]
+    assert all(word in kept for word in words)
+
+
+def test_a_subclass_belongs_to_its_family():
+    class Derived(comfy.ldm.flux.model.Flux):
+        pass
+
+    model = Derived(**small.MODELS["flux"][1], device="meta", operations=torch.nn)
+    assert families.family_of(model) is families.FLUX
+
+
+def test_a_family_without_a_list_asks_for_one(tmp_path, tmp_path_factory):
+    kind = "ltxv"
+    model, calibration = made(kind, tmp_path_factory)
+    for skip in (Recipe("fp8").skip, ()):
+        with pytest.raises(ValueError, match=r"LTXVModel has none: write .* quantize/families.py"):
+            engine.quantize_model(model, Recipe("fp8", skip=skip), calibration)
+    assert all(entry.plain["frame_rate"] == 25 for entry in calibration)
+    own = ("patchify_proj", "caption_projection.*", "adaln_single.*", "proj_out")
+    quantized = engine.quantize_model(model, Recipe("int8", skip=own), calibration)
+    assert quantized.checkpoint.header["recipe"]["skip"] == list(own)
+    ours = loader.load(quantized.checkpoint)
+    engine.measure(quantized, ours)
+    assert quantized.figures["sqnr_db"] > 30
+    path = tmp_path / "out.safetensors"
+    files.write(quantized.checkpoint, path)
+    theirs = sample(kind, comfy.sd.load_diffusion_model(str(path)))
+    assert sqnr_db(sample(kind, ours), theirs) > 30
+
+
+def test_a_list_of_the_users_is_taken_as_it_is(tmp_path_factory):
+    model, calibration = made("flux", tmp_path_factory)
+    recipe = Recipe("nvfp4", layers="linear only", skip=("final_layer.*",))
+    quantized = engine.quantize_model(model, recipe, calibration)
+    layers = quantized.checkpoint.layers
+    assert "double_blocks.0.img_mod.lin" in layers and "final_layer.linear" not in layers
+    # ComfyUI reads the architecture from their widths: packed to half, it would read another
+    moved = {name for name, layer in layers.items() if layer.format == "int8"}
+    assert moved == {"img_in", "txt_in", "vector_in.in_layer"}
+    assert any("ComfyUI reads the architecture" in note for note in quantized.notes)
+
+
+def test_a_wrong_pattern_is_refused_in_any_family(tmp_path_factory):
+    model, calibration = made("flux", tmp_path_factory)
+    with pytest.raises(ValueError, match="'input_blocks.9' matches none"):
+        engine.quantize_model(model, Recipe("int8", skip=("input_blocks.9",)), calibration)
+
+
+def test_a_calibration_of_another_family_is_refused(tmp_path_factory):
+    _, calibration = made("flux", tmp_path_factory)
+    model, _ = made("wan", tmp_path_factory)
+    with pytest.raises(ValueError, match="of the same architecture"):
+        engine.quantize_model(model, Recipe("int8"), calibration)
+
+
+def test_a_layer_that_the_recording_never_called(tmp_path_factory):
+    model, calibration = made("flux", tmp_path_factory)
+    block = model.model.diffusion_model.double_blocks[0]
+    block.spare = comfy.ops.disable_weight_init.Linear(32, 32, dtype=torch.float16)
+    block.spare.weight.data.fill_(1.0)
+    try:
+        with pytest.raises(ValueError, match=r"double_blocks.0.spare never was: skip"):
+            engine.quantize_model(model, Recipe("fp8", "max"), calibration)
+    finally:
+        del block.spare
+
+
+def test_the_file_says_what_it_is(tmp_path, tmp_path_factory):
+    model, calibration = made("sd3", tmp_path_factory)
+    quantized = engine.quantize_model(model, Recipe("fp8", "max"), calibration)
+    path = tmp_path / "out.safetensors"
+    files.write(quantized.checkpoint, path)
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+    assert "joint_blocks.0.x_block.attn.qkv.weight_scale" in keys and "pos_embed" in keys
+    assert quantized.checkpoint.header["model"] == "SD3"
