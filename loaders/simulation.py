@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 
 from .. import formats
 from ..formats.checkpoint import Layer
@@ -53,3 +54,21 @@ def _weight_amax(layer: Layer, scale: torch.Tensor) -> torch.Tensor:
         kept = torch.tensor(value, device=scale.device)
         found[index] = torch.where(kept / formats.int8.QMAX == scale[index], kept, found[index])
     return found
+
+
+def attend_as_diffusers(unet: torch.nn.Module) -> None:
+    """Gives a UNet PyTorch's own attention, which is what diffusers' UNets have.
+
+    Another attention differs in the last place, and what is rounded afterwards by whole steps.
+    An attention that another node has chosen stays.
+    """
+
+    def own(attention: Callable, *args, **kwargs) -> torch.Tensor:
+        return attention_pytorch(*args, **kwargs)
+
+    def before(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = kwargs.get("transformer_options") or {}
+        options = {"optimized_attention_override": own, **given}
+        return args, kwargs | {"transformer_options": options}
+
+    unet.register_forward_pre_hook(before, with_kwargs=True)

@@ -17,7 +17,7 @@ from ..formats import files
 from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
 from ..utils.capability import GPU
 from ..utils.progress import progress
-from . import dispatch, layouts, ops
+from . import dispatch, layouts, ops, simulation
 from .device import describe
 from .patcher import QuantizedPatcher
 
@@ -106,6 +106,8 @@ def load(
         ) from error
     if model is None:
         raise ValueError(f"ComfyUI could not build a UNet from {where}: {REMEDY}")
+    if arithmetic == dispatch.FAKE and checkpoint.header.get("imported"):
+        simulation.attend_as_diffusers(model.model.diffusion_model)
     model.__class__ = QuantizedPatcher
     _check_complete(model, checkpoint, expected, where)
     header = {"model": type(model.model.model_config).__name__, **checkpoint.header}

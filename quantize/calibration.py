@@ -207,7 +207,7 @@ def _read_record(
     record = Record(**entry).map(lambda name: tensors[name])
     if not isinstance(record.plain, Mapping):
         raise ValueError(f"plain values that are no table but {record.plain!r}")
-    unet = "model_channels" in signature
+    unet = "class" not in signature
     for name, ranks in (_RANKS if unet else _OTHER_RANKS).items():
         tensor = getattr(record, name)
         if tensor is None:

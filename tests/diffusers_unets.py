@@ -66,7 +66,7 @@ def run_diffusers(unet: torch.nn.Module, kind: str, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run_comfyui(model, kind: str, seed: int) -> torch.Tensor:
+def run_comfyui(model, kind: str, seed: int, **more) -> torch.Tensor:
     """The output of a MODEL's UNet for the same inputs."""
     from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 
@@ -77,7 +77,7 @@ def run_comfyui(model, kind: str, seed: int) -> torch.Tensor:
         y = torch.cat([given["pooled"], sizes], dim=1)
     comfy.model_management.load_models_gpu([model])
     unet = model.model.diffusion_model
-    return unet(given["x"], given["t"], context=given["context"], y=y)
+    return unet(given["x"], given["t"], context=given["context"], y=y, **more)
 
 
 def output(checkpoint, kind: str, seed: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import comfy.ldm.modules.attention
 import pytest
 import torch
 from comfyui_modelopt.formats import FORMATS, files
@@ -78,18 +77,8 @@ def saved(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def same_attention(monkeypatch):
-    """ComfyUI with --use-pytorch-cross-attention, which is diffusers' own: the two UNets then agree
-    to the last bit. With another attention they differ in the last place, and what ModelOpt rounds
-    afterwards moves by whole steps, in ModelOpt's UNet as in this one."""
-    module = comfy.ldm.modules.attention
-    for name in ("optimized_attention", "optimized_attention_masked"):
-        monkeypatch.setattr(module, name, module.attention_pytorch)
-
-
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=["-".join(case) for case in CASES])
-def test_runs_as_modelopt_runs_it(saved, same_attention, tmp_path, kind, name):
+def test_runs_as_modelopt_runs_it(saved, tmp_path, kind, name):
     path = saved(kind, name)
     theirs = unets.run_diffusers(mto.restore(unets.make(kind), path), kind, SEED)
     plain = unets.run_diffusers(unets.make(kind), kind, SEED)
@@ -125,6 +114,19 @@ def test_every_layer_agrees_whatever_the_attention(saved, kind, name):
     unets.run_diffusers(theirs, kind, SEED)
     assert len(worst) > 50
     assert max(worst.values()) < 1e-5, max(worst.items(), key=lambda item: item[1])
+
+
+def test_an_attention_that_a_node_has_chosen_stays(saved):
+    model = loader.load(foreign.read(saved("sd15", "int8")))
+    called = []
+
+    def chosen(attention, *args, **kwargs):
+        called.append(attention)
+        return attention(*args, **kwargs)
+
+    options = {"optimized_attention_override": chosen}
+    unets.run_comfyui(model, "sd15", SEED, transformer_options=options)
+    assert len(called) > 4
 
 
 def test_a_module_in_this_process(saved):
@@ -406,7 +408,7 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", UNIFIED)
-def test_a_unified_export(exported, name, same_attention):
+def test_a_unified_export(exported, name):
     from modelopt.torch.export.quant_utils import from_quantized_weight
 
     path = exported(name)
