@@ -106,11 +106,7 @@ class QuantizedOp:
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """Takes a patched floating-point weight back (or returns it) in the layer's own format."""
         if isinstance(self.weight, QuantizedTensor):
-            if inplace_update:
-                raise ValueError(
-                    "a scheduled LoRA (hook) needs weights in 16 bits, this layer holds "
-                    f"{self.quant_format}: use Load LoRA, or attach the LoRA before Quantize"
-                )
+            assert not inplace_update  # QuantizedPatcher puts hooked weights in place
             weight = patching.patched(self.weight, weight, seed)
         else:
             weight = weight.to(self.weight.dtype)

@@ -1,14 +1,22 @@
-"""The ModelPatcher of a quantized UNet: where stock ComfyUI takes weights out of a MODEL."""
+"""The ModelPatcher of a quantized UNet: where stock ComfyUI takes weights out of a MODEL, and where
+it changes them while sampling."""
 
 from __future__ import annotations
 
+import comfy.lora
+import comfy.utils
+import torch
+from comfy.hooks import EnumHookMode
 from comfy.model_patcher import ModelPatcher
+from comfy_kitchen.tensor import QuantizedTensor
 
 from ..formats import files
 
 
 class QuantizedPatcher(ModelPatcher):
-    """Keeps ComfyUI's Save and Merge nodes from taking packed weights for ordinary ones."""
+    """Keeps ComfyUI's Save and Merge nodes from taking packed weights for ordinary ones, and scheduled
+    LoRAs (weight hooks) from writing into them: a hooked weight takes the place of the original,
+    with the LoRA as a branch beside it, and the original comes back afterwards."""
 
     def state_dict_for_saving(
         self, clip_state_dict=None, vae_state_dict=None, clip_vision_state_dict=None
@@ -36,3 +44,48 @@ class QuantizedPatcher(ModelPatcher):
             return super().get_key_patches(filter_prefix)
         finally:
             del self.model_state_dict
+
+    def _quantized(self, key: str) -> bool:
+        return isinstance(comfy.utils.get_attr(self.model, key), QuantizedTensor)
+
+    def _put(self, key: str, weight: torch.Tensor) -> None:
+        """`weight` in the place of the one at `key`, which is kept."""
+        before = comfy.utils.set_attr_param(self.model, key, weight)
+        self.hook_backup.setdefault(key, (before, before.device))
+
+    def patch_hook_weight_to_device(
+        self, hooks, combined_patches, key, original_weights, memory_counter
+    ):
+        """Applies the patches of a group of hooks to one weight."""
+        if key not in combined_patches or not self._quantized(key):
+            super().patch_hook_weight_to_device(
+                hooks, combined_patches, key, original_weights, memory_counter
+            )
+            return
+        base = comfy.utils.get_attr(self.model, key)
+        dense = base.to(dtype=torch.float32).dequantize()
+        dense = comfy.lora.calculate_weight(
+            combined_patches[key], dense, key, original_weights=original_weights
+        )
+        module = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
+        seed = comfy.utils.string_to_seed(key)
+        weight = module.set_weight(dense, seed=seed, return_weight=True)
+        self._put(key, weight)
+        if self.hook_mode == EnumHookMode.MaxSpeed:
+            self.cached_hook_patches.setdefault(hooks, {})[key] = (weight, weight.device)
+
+    def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
+        """Applies what `patch_hook_weight_to_device` kept of an earlier step."""
+        weight, device = cached_weights[key]
+        if isinstance(weight, QuantizedTensor):
+            self._put(key, weight.to(device=device))
+        else:
+            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        """Puts the original weights back, those of `whitelist_keys_set` only where it names some."""
+        for key in [key for key in self.hook_backup if self._quantized(key)]:
+            if not whitelist_keys_set or key in whitelist_keys_set:
+                weight, device = self.hook_backup.pop(key)
+                comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
+        super().unpatch_hooks(whitelist_keys_set)

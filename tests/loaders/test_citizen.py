@@ -6,6 +6,8 @@ they are without it, and what the row does must be there.
 
 from __future__ import annotations
 
+import hashlib
+
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.hooks
@@ -16,6 +18,7 @@ import comfy.t2i_adapter.adapter
 import comfy.utils
 import pytest
 import torch
+from comfy.hooks import EnumHookMode
 from comfy_extras import (
     nodes_freelunch,
     nodes_hypertile,
@@ -49,6 +52,15 @@ def made(quantized):
 def both(sd15, made):
     """The original MODEL and the quantized one."""
     return sd15[0], loader.load(made.checkpoint)
+
+
+def digest_of(model) -> str:
+    """Of every tensor of the MODEL's UNet."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.model.diffusion_model.state_dict().items()):
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        state.update(name.encode() + data.numpy().tobytes())
+    return state.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +238,31 @@ def test_batch_and_areas(both, plain, conditionings):
     assert sqnr(*outputs) > plain[1] - LOW
 
 
-def test_a_scheduled_lora_is_refused_in_words(both, conditionings, loras):
-    model = both[1]
-    hooks = comfy.hooks.create_hook_lora(lora=loras[0], strength_model=1.0, strength_clip=0.0)
-    positive = comfy.hooks.set_hooks_for_conditioning(conditionings[0], hooks)
-    with pytest.raises(ValueError, match="a scheduled LoRA .hook. needs weights in 16 bits"):
-        sample(model, positive, conditionings[1])
+@pytest.mark.parametrize("mode", [EnumHookMode.MaxSpeed, EnumHookMode.MinVram])
+def test_a_scheduled_lora(both, conditionings, loras, plain, mode):
+    """One LoRA on the positive prompt, which changes its strength half way, another on the negative."""
+    outputs, before = [], sample(both[1], *conditionings)
+    stored = digest_of(both[1])
+    for model in both:
+        hooks = [
+            comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
+            for lora in loras[:2]
+        ]
+        frames = comfy.hooks.HookKeyframeGroup()
+        for start, strength in ((0.0, 1.0), (0.5, 0.3)):
+            frames.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+        hooks[0].set_keyframes_on_hooks(frames)
+        conds = [
+            comfy.hooks.set_hooks_for_conditioning(cond, hook)
+            for cond, hook in zip(conditionings, hooks, strict=True)
+        ]
+        model = model.clone()
+        model.hook_mode = mode
+        outputs.append(sample(model, *conds))
+    assert sqnr(outputs[0], sample(both[0], *conditionings)) < HIGH  # the LoRAs do something
+    assert sqnr(*outputs) > plain[1] - LOW
+    assert torch.equal(sample(both[1], *conditionings), before)
+    assert digest_of(both[1]) == stored
 
 
 # ---- merging, in every order

@@ -227,3 +227,26 @@ def test_the_file_says_what_it_is(tmp_path, tmp_path_factory):
         keys = set(file.keys())
     assert "joint_blocks.0.x_block.attn.qkv.weight_scale" in keys and "pos_embed" in keys
     assert quantized.checkpoint.header["model"] == "SD3"
+
+
+def test_a_lora_on_top(tmp_path_factory):
+    """Kept beside the quantized weights, as on a UNet."""
+    model, calibration = made("flux", tmp_path_factory)
+    ours = loader.load(engine.quantize_model(model, Recipe("nvfp4"), calibration).checkpoint)
+    generator = torch.Generator().manual_seed(5)
+    lora = {}
+    for name, module in model.model.diffusion_model.named_modules():
+        if name.endswith(("attn.qkv", "linear2")):
+            rows, columns = module.weight.shape
+            key = f"diffusion_model.{name}"
+            lora[f"{key}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.1
+            lora[f"{key}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.1
+    (plain, _), (with_lora, _) = (
+        comfy.sd.load_lora_for_models(one, None, lora, 1.0, 0) for one in (model, ours)
+    )
+    wanted = sample("flux", plain)
+    change = sqnr_db(wanted, sample("flux", model))
+    assert len(with_lora.patches) == len(lora) // 2 == 6
+    error = sqnr_db(wanted, sample("flux", with_lora))
+    assert error > change + 6  # nearer to the model with the LoRA than that without it
+    assert error > sqnr_db(sample("flux", model), sample("flux", ours)) - 3
