@@ -45,11 +45,11 @@ class Tap:
         return output
 
     def _called(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        x, timesteps = args  # as ComfyUI's BaseModel calls it
         control = kwargs.get("control")
         if control is not None:  # the model takes entries out of it
             control = {name: list(tensors) for name, tensors in control.items()}
-        self.local.heard = _by_name(arguments) | ({"control": control} if control else {})
+        self.local.heard = {"x": x, "timesteps": timesteps, **kwargs, "control": control}
 
     def _innermost(self, executor: Callable, *args: Any, **kwargs: Any) -> Any:
         self.local.heard = None

@@ -1,10 +1,11 @@
 """Models beyond UNets: recorded, quantized, saved, opened by our loader and by stock ComfyUI's code."""
 
-import comfy.ldm.flux.model
 import comfy.ops
 import comfy.sd
 import pytest
 import torch
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.wan.model import VaceWanModel
 from comfyui_modelopt.formats import files
 from comfyui_modelopt.loaders import info
 from comfyui_modelopt.loaders import unet as loader
@@ -154,12 +155,28 @@ def test_a_family_keeps_its_sensitive_layers(kind):
     assert all(word in kept for word in words)
 
 
-def test_a_subclass_belongs_to_its_family():
-    class Derived(comfy.ldm.flux.model.Flux):
-        pass
+def kept_and_chosen(model):
+    family = families.family_of(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    chosen = engine.select(model, "linear only", family.skip, family.skip)
+    return set(names) - set(chosen), set(chosen)
 
-    model = Derived(**small.MODELS["flux"][1], device="meta", operations=torch.nn)
-    assert families.family_of(model) is families.FLUX
+
+def test_flux_2_belongs_to_its_family():
+    changed = {"image_model": "flux2", "vec_in_dim": None, "qkv_bias": False, "ops_bias": False}
+    changed |= {"global_modulation": True, "mlp_silu_act": True, "patch_size": 1}
+    config = small.MODELS["flux"][1] | changed
+    kept, chosen = kept_and_chosen(Flux(**config, device="meta", operations=torch.nn))
+    assert "double_stream_modulation_img.lin" in kept and "single_stream_modulation.lin" in kept
+    assert all(name.startswith(("double_blocks.", "single_blocks.")) for name in chosen)
+
+
+def test_a_subclass_belongs_to_its_family():
+    config = small.MODELS["wan"][1] | {"model_type": "vace", "vace_layers": 1, "vace_in_dim": 96}
+    model = VaceWanModel(**config, device="meta", operations=torch.nn)
+    kept, chosen = kept_and_chosen(model)
+    assert families.family_of(model) is families.WAN
+    assert "head.head" in kept and "vace_blocks.0.ffn.0" in chosen
 
 
 def test_a_family_without_a_list_asks_for_one(tmp_path, tmp_path_factory):

@@ -417,3 +417,16 @@ def test_pooled_conditioning_of_sdxl_is_recorded(tmp_path):
     for record, output in zip(back, outputs, strict=True):
         assert record.y.shape == (2, 2816)
         assert torch.equal(replay(model, record), output)
+
+
+def test_a_compiled_model_is_recorded(loaded, conds):
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    node = TorchCompileModel.execute(loaded[0].clone(), backend="eager")
+    _, plain = sampling.record(loaded[0], **settings(conds, steps=2), max_records=2)
+    _, found = sampling.record(node.args[0], **settings(conds, steps=2), max_records=2)
+    assert len(found) == len(plain) == 2
+    for one, other in zip(found, plain, strict=True):
+        assert torch.equal(one.timesteps, other.timesteps)
+        assert torch.allclose(one.x, other.x, atol=1e-4)
+        assert torch.equal(one.context, other.context)
