@@ -107,13 +107,6 @@ def test_a_weight_of_another_shape_is_named(made):
         loader.load(dataclasses.replace(made.checkpoint, tensors=tensors))
 
 
-def test_a_scheduled_lora_is_refused_in_words(made):
-    model = loader.load(made.checkpoint)
-    layer = model.model.diffusion_model.get_submodule(next(iter(made.checkpoint.layers)))
-    with pytest.raises(ValueError, match="use Load LoRA"):
-        layer.set_weight(layer.weight.dequantize(), inplace_update=True)
-
-
 def test_a_branch_goes_when_the_plain_weight_is_copied_back(made):
     model = loader.load(made.checkpoint)
     layer = model.model.diffusion_model.get_submodule(next(iter(made.checkpoint.layers)))
