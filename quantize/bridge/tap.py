@@ -45,7 +45,9 @@ class Tap:
         return output
 
     def _called(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        x, timesteps = args  # as ComfyUI's BaseModel calls it
+        if len(args) != 2:  # not ComfyUI's own call: the innermost wrapper hears it
+            return
+        x, timesteps = args
         control = kwargs.get("control")
         if control is not None:  # the model takes entries out of it
             control = {name: list(tensors) for name, tensors in control.items()}
