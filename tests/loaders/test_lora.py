@@ -77,12 +77,15 @@ def test_strength_0_changes_nothing(made, lora):
 
 @pytest.mark.parametrize("conv", [False, True])
 def test_strength_1_is_nearer_to_the_patched_original(sd15, made, conv, checkpoints, tmp_path):
-    lora = make_lora(checkpoints, tmp_path, 0.1, conv)
+    # 0.3: on these random weights a LoRA of 0.1 is smaller than the error of the 4-bit formats
+    lora = make_lora(checkpoints, tmp_path, 0.3, conv)
+    original = run(sd15[0], made)
     target = run(with_lora(sd15[0], lora, 1.0), made)
     model = loader.load(made.checkpoint)
     base = run(model, made)
     patched = run(with_lora(model, lora, 1.0), made)
-    assert (patched - target).norm() < (base - target).norm()
+    assert (patched - target).norm() < 0.95 * (base - target).norm()
+    assert torch.cosine_similarity(patched - base, target - original, dim=0) > 0.3
 
 
 @pytest.mark.parametrize("scale", [0.003, 0.1])
