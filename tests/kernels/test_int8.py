@@ -6,6 +6,8 @@ import pytest
 import torch
 from comfyui_modelopt.kernels import int8
 
+from ..cpu import needs_exact_int_mm
+
 SHAPES = [  # N, C, H, W, K, kernel, stride, padding
     (2, 320, 8, 8, 320, 3, 1, 1),
     (1, 2560, 4, 4, 64, 3, 1, 1),
@@ -51,6 +53,7 @@ def test_conv_accumulators_are_exact(n, c, h, w, k, kernel, stride, padding, cha
     assert torch.equal(got, expected.float())
 
 
+@needs_exact_int_mm
 @pytest.mark.parametrize("n, c, h, w, k, kernel, stride, padding", SHAPES)
 def test_unfolded_conv_equals_the_direct_one(n, c, h, w, k, kernel, stride, padding):
     """The GPU's way, run on the CPU."""
@@ -75,6 +78,7 @@ def test_conv_is_one_scale_and_bias(dtype):
     torch.testing.assert_close(got.double(), expected, rtol=torch.finfo(dtype).eps * 2, atol=1e-4)
 
 
+@needs_exact_int_mm
 @pytest.mark.parametrize("shape", [(3, 40), (2, 5, 320), (1, 1, 2560)])
 def test_linear_equals_comfy_kitchens_bit_for_bit(shape):
     """What stock ComfyUI computes for an int8_tensorwise Linear."""
