@@ -79,6 +79,12 @@ def codes_of(values: torch.Tensor) -> torch.Tensor:
     return (code + (values < 0).int() * 8).to(torch.uint8)
 
 
+def values_of(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 E2M1 codes -> float32, the inverse of `codes_of`."""
+    table = torch.tensor(VALUES + tuple(-v for v in VALUES), device=codes.device)
+    return table[codes.int()]
+
+
 def _rounded(flat: torch.Tensor, amax: torch.Tensor):
     """[N, K] float32 and its amax -> values in units of their scales, block scales, scale_2."""
     amax = amax.float().reshape(())
@@ -118,9 +124,8 @@ def quantize(weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor
 def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     """What `quantize` gave -> float32 weight of `shape`, exactly ModelOpt's dequantized one."""
     n, k = blocks.flat_shape(shape)
-    codes = blocks.unpack(stored["weight"])[:n].int()
-    table = torch.tensor(VALUES + tuple(-v for v in VALUES), device=codes.device)
+    codes = blocks.unpack(stored["weight"])[:n]
     scale = blocks.plain_scale(stored["weight_scale"], shape, BLOCK, ROWS)
     scale = scale.view(torch.float8_e4m3fn).float() * stored["weight_scale_2"]
-    values = table[codes].reshape(n, -1, BLOCK) * scale.unsqueeze(-1)
+    values = values_of(codes).reshape(n, -1, BLOCK) * scale.unsqueeze(-1)
     return blocks.unflatten(values.reshape(n, k), shape)

@@ -9,6 +9,7 @@ import torch
 
 from ...formats import FORMATS
 from ...formats.checkpoint import KINDS, PER_TOKEN, SIXTEEN, SIXTEEN_BITS, STATIC, Input, Layer
+from . import compressed
 
 INT8, E4M3, INT4, NVFP4, MXFP8 = "int8", "e4m3", "int4", "nvfp4", "mxfp8"
 OFF, TOKEN = "off", "per token"
@@ -89,7 +90,8 @@ def convert(
 ) -> tuple[dict[str, torch.Tensor], Layer | None, str | None]:
     """One layer -> its tensors, what the file says of it, and why it is not quantized if it is not.
 
-    weight: as ModelOpt keeps it, smoothed and with SVDQuant's branch taken out. A layer whose
+    weight: as ModelOpt keeps it, smoothed and with SVDQuant's branch taken out, or as mtq.compress
+    has packed it. A layer whose
     numerics no format has keeps ModelOpt's fake-quantized weight in floating point, and its input
     is rounded where `input_of` says how.
     """
@@ -98,24 +100,41 @@ def convert(
     up, down = (weights.tensors.get(f"svdquant_lora_{side}") for side in "ba")
     if (up is None) != (down is None):
         raise ValueError(f"SVDQuant's branch must have two sides, {name} in {where} has one")
+    packed = compressed.is_packed(weight)
+    if packed and not weights.enabled:
+        raise ValueError(
+            f"a compressed weight must have an enabled weight quantizer, that of {name} in {where} "
+            "is disabled: the file is damaged, or save the UNet before mtq.compress"
+        )
     if not weights.enabled and not activations.enabled:
         dense = weight if up is None else (weight.float() + up.float() @ down.float())
         return {"weight": _unsmoothed(dense, smoothing).to(weight.dtype)}, None, None
     kind = KINDS.get(weight.ndim)
     inputs = activations.numerics() if activations.enabled else (OFF,)
     found = KNOWN.get((weights.numerics(), inputs[0])) if len(inputs) == 1 else None
-    reason = _why_not(found, kind, weight, weights.numerics(), inputs)
+    form = KNOWN.get((weights.numerics(), OFF))
+    shape = compressed.shape(weight, form) if packed else tuple(weight.shape)
+    reason = _why_not(found, kind, shape, weights.numerics(), inputs)
+    dtype = weight.dtype
     if reason is not None:
         from .dense import fake_quantized
 
-        dense = fake_quantized(name, weight, weights)
+        if packed:
+            dense = compressed.dense(form, weight, weights.tensors, name, where)
+            scale = weights.tensors["_scale"].dtype
+            dtype = scale if scale in SIXTEEN_BITS else torch.float32
+        else:
+            dense = fake_quantized(name, weight, weights)
         if up is not None:
             dense = dense + up.float() @ down.float()
-        return {"weight": _unsmoothed(dense, smoothing).to(weight.dtype)}, None, reason
+        return {"weight": _unsmoothed(dense, smoothing).to(dtype)}, None, reason
     numerics = FORMATS[found]
-    weight_amax = _weight_amax(found, weight, weights, name, where)
-    exact = {"exact": True} if found in ("int4", "w4a8") else {}
-    stored = numerics.quantize(weight, weight_amax, **exact)
+    if packed:
+        stored = compressed.tensors(found, weight, weights.tensors, name, where)
+    else:
+        weight_amax = _weight_amax(found, weight, weights, name, where)
+        exact = {"exact": True} if found in ("int4", "w4a8") else {}
+        stored = numerics.quantize(weight, weight_amax, **exact)
     way = _way(found, kind, inputs[0])
     layer = Layer(found, kind, activations=way)
     amax = activations.amax()
@@ -134,13 +153,13 @@ def convert(
     if up is not None:
         stored["svd_up"], stored["svd_down"] = up, down
     exceptions = {}
-    if found == "int8":
+    if found == "int8" and not packed:
         exceptions = numerics.amax_exceptions(stored["weight_scale"], weight_amax)
     layer = Layer(
         found,
         kind,
         smoothed=smoothing is not None,
-        shape=tuple(weight.shape) if numerics.BLOCK is not None else None,
+        shape=shape if numerics.BLOCK is not None else None,
         rank=0 if up is None else up.shape[1],
         activations=way,
         input_amax=None if amax is None else amax.item(),
@@ -160,7 +179,7 @@ def input_of(quantizer: Quantizer) -> Input | None:
     return Input(form, amax.float().item())
 
 
-def _why_not(found, kind, weight, numerics, inputs) -> str | None:
+def _why_not(found, kind, shape, numerics, inputs) -> str | None:
     """Why no format of ours holds the layer, or None."""
     said = f"weights {' then '.join(numerics) or OFF}, activations {' then '.join(inputs)}"
     if found is None or kind is None:
@@ -169,7 +188,7 @@ def _why_not(found, kind, weight, numerics, inputs) -> str | None:
         return f"its blocks run over the kernel's last axis ({said})"
     if kind == "conv2d" and inputs[0].startswith(TOKEN):
         return f"no convolution scales activations per token ({said})"
-    return FORMATS[found].why_not(tuple(weight.shape))
+    return FORMATS[found].why_not(shape)
 
 
 def _way(found: str, kind: str, inputs: str) -> str:

@@ -173,7 +173,7 @@ class Restored:
 
     def __init__(self, saved, state, where: str):
         self.where = where
-        self.states, self.packed, self.algorithm = _quantizer_states(saved, where)
+        self.states, self.algorithm = _quantizer_states(saved, where)
         self.version = saved.get("modelopt_version")
         if not isinstance(state, Mapping) or not all(
             isinstance(key, str) and _is_dense(t) for key, t in state.items()
@@ -201,8 +201,6 @@ class Restored:
             weights = self.quantizers.get(f"{module}.weight_quantizer")
             if weights is None or f"{module}.weight" not in self.plain:
                 continue
-            if module in self.packed:
-                _refuse_packed(module, self.where)
             given = self.quantizers.get(f"{module}.input_quantizer", Quantizer())
             weight = self.plain[f"{module}.weight"]
             with _damage_named(module, self.where):
@@ -261,8 +259,8 @@ def _owner(key: str, quantizers: Mapping[str, Quantizer]) -> str | None:
     return None
 
 
-def _quantizer_states(saved, where: str) -> tuple[dict[str, list[dict]], set[str], str]:
-    """Quantizer name -> its states; modules with packed weights; the algorithm's name."""
+def _quantizer_states(saved, where: str) -> tuple[dict[str, list[dict]], str]:
+    """Quantizer name -> its states; the algorithm's name."""
     wrong = ValueError(
         f"ModelOpt's state must be a list of modes with the quantizers' state, {where} has another "
         "form: the file is damaged, or of a ModelOpt that this pack does not know"
@@ -282,7 +280,6 @@ def _quantizer_states(saved, where: str) -> tuple[dict[str, list[dict]], set[str
         )
     if not all(isinstance(n, str) and _is_state(one) for n, one in states.items()):
         raise wrong
-    packed = {name for _, m in metadata for name in m.get("q_tensor_state") or {}}
     algorithm = next((mode for mode, _ in reversed(modes) if mode.endswith("_calibrate")), "max")
     found: dict[str, list[dict]] = {}
     for name, state in states.items():
@@ -296,7 +293,7 @@ def _quantizer_states(saved, where: str) -> tuple[dict[str, list[dict]], set[str
             found[name] = [dict(one) for one in members]
         elif name.rpartition(".")[2].endswith("_quantizer"):
             found[name] = [dict(state)]
-    return found, packed, algorithm.removesuffix("_calibrate")
+    return found, algorithm.removesuffix("_calibrate")
 
 
 def _is_dense(tensor) -> bool:
@@ -318,13 +315,6 @@ def _is_state(state) -> bool:
         if not isinstance(value, Mapping) and not all(isinstance(x, scalar) for x in value):
             return False
     return isinstance(state.get("_block_sizes"), (Mapping, type(None)))
-
-
-def _refuse_packed(module: str, where: str):
-    raise ValueError(
-        f"weights must be as mtq.quantize leaves them, {module} in {where} was packed by "
-        "mtq.compress: save the UNet before mtq.compress, or export it with export_hf_checkpoint"
-    )
 
 
 def _left_out(quantizers: Mapping[str, Quantizer]) -> list[str]:

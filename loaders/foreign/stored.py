@@ -29,10 +29,10 @@ def int4_rows(packed: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tens
     nibbles = torch.stack((packed & 15, packed >> 4), dim=1).reshape(-1, packed.shape[1])
     codes = (nibbles + 8) & 15  # value + 8
     codes = blocks.padded(codes, 1, 2)
-    return {"weight": blocks.pack(codes), "weight_amax": _block_maxima(scale.float())}
+    return {"weight": blocks.pack(codes), "weight_amax": block_maxima(scale.float())}
 
 
-def _block_maxima(scale: torch.Tensor) -> torch.Tensor:
+def block_maxima(scale: torch.Tensor) -> torch.Tensor:
     """The maxima whose scales these are, in 16 bits where that gives the scales back."""
     amax = scale * int4.QMAX
     kept = int4.in_sixteen_bits(amax)

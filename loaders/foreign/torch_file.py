@@ -9,11 +9,22 @@ from pathlib import Path
 import torch
 
 
+class QTensor:
+    """Stands in for ModelOpt's classes of packed weights, whose names its files hold."""
+
+
+_QTENSORS = [
+    (QTensor, f"modelopt.torch.quantization.qtensor.{kind.lower()}_tensor.{kind}QTensor")
+    for kind in ("INT4", "INT8", "FP8", "NF4", "NVFP4", "MXFP4", "MXFP8")
+]
+
+
 def load(path: Path) -> object:
     """What the file holds, tensors memory-mapped on the CPU. Raises ValueError in house form.
 
     Only torch's zip form, which torch.save writes since 1.6; read with `weights_only`. Beside
-    plain data ModelOpt's files hold slices.
+    plain data ModelOpt's files hold slices and, of compressed weights, names of classes, for which
+    an empty class stands in.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(
@@ -23,7 +34,7 @@ def load(path: Path) -> object:
     try:
         # leaving the context takes away what it allowed, even where it was allowed before
         known = slice in torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([] if known else [slice]):
+        with torch.serialization.safe_globals(_QTENSORS + ([] if known else [slice])):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(

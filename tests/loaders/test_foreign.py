@@ -91,6 +91,38 @@ def test_runs_as_modelopt_runs_it(saved, tmp_path, kind, name):
     assert torch.equal(unets.run_comfyui(loader.load_file(str(again)), kind, SEED), ours)
 
 
+def compressed(kind: str, name: str) -> torch.nn.Module:
+    """A UNet whose weights mtq.compress has packed; ModelOpt cannot pack INT4 of a 3x3 kernel."""
+    config = copy.deepcopy(RECIPES[name])
+    unet = unets.make(kind)
+    if name.startswith(("int4", "w4a8")):
+        config["quant_cfg"].append(
+            {"parent_class": "nn.Conv2d", "quantizer_name": "*", "enable": False}
+        )
+        config["quant_cfg"] += [
+            {"quantizer_name": f"{module}.*", "enable": False}
+            for module, one in unet.named_modules()
+            if isinstance(one, torch.nn.Linear) and one.in_features % 128
+        ]
+    with torch.no_grad():
+        mtq.quantize(unet, config, lambda u: unets.run_diffusers(u, kind, 0))
+        mtq.compress(unet)
+    return unet
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-smoothquant", "fp8", "int4-awq"])
+def test_compressed_weights_run_as_modelopt_runs_them(tmp_path, name):
+    unet = compressed("sd15", name)
+    path = tmp_path / "compressed.pt"
+    mto.save(unet, path)
+    theirs = unets.run_diffusers(unet, "sd15", SEED)
+    checkpoint = foreign.read(path)
+    assert unets.distance(unets.output(checkpoint, "sd15", SEED), theirs) < 1e-4
+    if name != "int4-awq":
+        convolutions = [x for x in checkpoint.layers.values() if x.kind == "conv2d"]
+        assert convolutions
+
+
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=["-".join(case) for case in CASES])
 def test_every_layer_agrees_whatever_the_attention(saved, kind, name):
     """Given ModelOpt's input, each layer gives ModelOpt's output."""
@@ -242,9 +274,20 @@ DAMAGE = {
         lambda o, m: m["quantizer_state"][f"{FIRST}.weight_quantizer"].update(_num_bits={}),
         "another form",
     ),
-    "packed weights": (
-        lambda o, m: m.update(q_tensor_state={FIRST: {}}),
-        "packed by mtq.compress",
+    "packed weights without a scale": (
+        lambda o, m: o["model_state_dict"].update(
+            {f"{FIRST}.weight": torch.zeros(320, 320, dtype=torch.float8_e4m3fn)}
+        ),
+        "must have scale beside it",
+    ),
+    "packed weights of another kind": (
+        lambda o, m: o["model_state_dict"].update(
+            {
+                f"{FIRST}.weight": torch.zeros(320, 320, dtype=torch.int8),
+                f"{FIRST}.weight_quantizer._scale": torch.ones(320, 1),
+            }
+        ),
+        "a compressed fp8 weight must be",
     ),
 }
 
