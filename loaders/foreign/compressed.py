@@ -67,7 +67,10 @@ def tensors(
         double = _scale(beside, "", name, where, "_double_scale")
         return stored.nvfp4_pairs(weight, scale.reshape(rows, -1), double)
     # ModelOpt divides by 7 / amax, and packs value + 8 with the first of two in the high nibble
-    made = {"weight": weight, "weight_amax": stored.block_maxima(1 / scale.float().reshape(rows, -1))}
+    made = {
+        "weight": weight,
+        "weight_amax": stored.block_maxima(1 / scale.float().reshape(rows, -1)),
+    }
     if form == "w4a8":
         made["weight_amax_2"] = _scale(beside, "1.", name, where, "_amax").float().amax()
     return made

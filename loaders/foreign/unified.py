@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ...formats import FORMATS
-from ...formats.checkpoint import KINDS, PER_TOKEN, SIXTEEN, STATIC, Layer
+from ...formats.checkpoint import KINDS, PER_TOKEN, SIXTEEN, STATIC, Layer, QuantizedCheckpoint
+from . import names
 from . import stored as convert
+from .assemble import checked, damage_named, header, unquantized
 
 BESIDE = (
     "weight_scale",
@@ -19,6 +21,49 @@ BESIDE = (
     "svdquant_lora_b",
 )
 DAMAGED = "the export is damaged or of a ModelOpt that this pack does not know"
+
+
+class Exported:
+    """ModelOpt's unified export, checked: `steps` layers to convert, then a call converts them."""
+
+    def __init__(self, quantization: Mapping, tensors: Mapping[str, torch.Tensor], where: str):
+        self.quantization, self.where = quantization, where
+        self.plain, self.beside = split(tensors)
+        self.modules = names.modules(self.plain, where)
+        alone = [module for module in self.beside if f"{module}.weight" not in self.plain]
+        if alone:
+            raise ValueError(
+                f"scales must belong to a weight, {alone[0]} in {where} has none: {DAMAGED}"
+            )
+        self.steps = len(self.beside)
+
+    def __call__(self, step: Callable[[], None]) -> QuantizedCheckpoint:
+        made, layers = unquantized(self.plain, self.modules, self.where), {}
+        inputs = _activations(self.quantization)
+        dynamic = bool(inputs) and all(one.get("dynamic") is True for one in inputs)
+        for module, extra in self.beside.items():
+            name, weight = self.modules[module], self.plain[f"{module}.weight"]
+            with damage_named(module, self.where):
+                stored, layers[name] = layer(name, weight, extra, dynamic, bool(inputs), self.where)
+            made |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
+            step()
+        algorithm = str(self.quantization.get("quant_algo"))
+        described = header(layers, "ModelOpt's unified export", algorithm, [])
+        return checked(made, layers, described, {}, _version(self.quantization), self.where)
+
+
+def _activations(quantization: Mapping) -> list[Mapping]:
+    """What the config's groups say of activations, those that quantize them."""
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, Mapping):
+        return []
+    inputs = [g.get("input_activations") for g in groups.values() if isinstance(g, Mapping)]
+    return [one for one in inputs if isinstance(one, Mapping)]
+
+
+def _version(quantization: Mapping) -> object:
+    producer = quantization.get("producer")
+    return producer.get("version") if isinstance(producer, Mapping) else None
 
 
 def split(tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:

@@ -91,8 +91,8 @@ def test_runs_as_modelopt_runs_it(saved, tmp_path, kind, name):
     assert torch.equal(unets.run_comfyui(loader.load_file(str(again)), kind, SEED), ours)
 
 
-def compressed(kind: str, name: str) -> torch.nn.Module:
-    """A UNet whose weights mtq.compress has packed; ModelOpt cannot pack INT4 of a 3x3 kernel."""
+def packable(kind: str, name: str) -> torch.nn.Module:
+    """A quantized UNet for mtq.compress, which cannot pack INT4 of a 3x3 kernel."""
     config = copy.deepcopy(RECIPES[name])
     unet = unets.make(kind)
     if name.startswith(("int4", "w4a8")):
@@ -106,29 +106,12 @@ def compressed(kind: str, name: str) -> torch.nn.Module:
         ]
     with torch.no_grad():
         mtq.quantize(unet, config, lambda u: unets.run_diffusers(u, kind, 0))
-        mtq.compress(unet)
     return unet
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-smoothquant", "fp8", "int4-awq"])
-def test_compressed_weights_run_as_modelopt_runs_them(tmp_path, name):
-    unet = compressed("sd15", name)
-    path = tmp_path / "compressed.pt"
-    mto.save(unet, path)
-    theirs = unets.run_diffusers(unet, "sd15", SEED)
-    checkpoint = foreign.read(path)
-    assert unets.distance(unets.output(checkpoint, "sd15", SEED), theirs) < 1e-4
-    if name != "int4-awq":
-        convolutions = [x for x in checkpoint.layers.values() if x.kind == "conv2d"]
-        assert convolutions
-
-
-@pytest.mark.parametrize(("kind", "name"), CASES, ids=["-".join(case) for case in CASES])
-def test_every_layer_agrees_whatever_the_attention(saved, kind, name):
-    """Given ModelOpt's input, each layer gives ModelOpt's output."""
-    path = saved(kind, name)
-    theirs = mto.restore(unets.make(kind), path)
-    model = loader.load(foreign.read(path))
+def worst_layer(theirs: torch.nn.Module, checkpoint, kind: str) -> tuple[str, float]:
+    """The layer whose output, given ModelOpt's input, is farthest from ModelOpt's."""
+    model = loader.load(checkpoint)
     unets.run_comfyui(model, kind, SEED)  # loads it
     ours, modules = model.model.diffusion_model, foreign.of_model(model)
     worst = {}
@@ -145,7 +128,53 @@ def test_every_layer_agrees_whatever_the_attention(saved, kind, name):
             one.register_forward_hook(compare(module))
     unets.run_diffusers(theirs, kind, SEED)
     assert len(worst) > 50
-    assert max(worst.values()) < 1e-5, max(worst.items(), key=lambda item: item[1])
+    return max(worst.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-smoothquant", "fp8", "int4-awq"])
+def test_compressed_weights_run_as_modelopt_runs_them(tmp_path, name):
+    unet = packable("sd15", name)
+    mtq.compress(unet)
+    path = tmp_path / "compressed.pt"
+    mto.save(unet, path)
+    theirs = unets.run_diffusers(unet, "sd15", SEED)
+    checkpoint = foreign.read(path)
+    assert worst_layer(unet, checkpoint, "sd15")[1] < 1e-5
+    if not name.startswith("int8"):  # its products are of integers: other last places
+        assert unets.distance(unets.output(checkpoint, "sd15", SEED), theirs) < 1e-4
+    kinds = {layer.kind for layer in checkpoint.layers.values()}
+    assert kinds == ({"linear"} if name.endswith("awq") else {"linear", "conv2d"})
+
+
+def test_compressed_w4a8_holds_the_same_weights():
+    """ModelOpt itself cannot run these on a CPU. Its packing rounds a few ties the other way."""
+    unet = packable("sd15", "w4a8-awq")
+    before = foreign.from_module(unet)
+    mtq.compress(unet)
+    after = foreign.from_module(unet)
+    assert after.layers == before.layers and len(after.layers) > 10
+    for name, layer in after.layers.items():
+        found, expected = (
+            FORMATS["w4a8"].dequantize(
+                {
+                    key: one.tensors[f"{name}.{key}"]
+                    for key in layer.scales + ("weight",)
+                    if f"{name}.{key}" in one.tensors
+                },
+                layer.shape,
+            )
+            for one in (after, before)
+        )
+        assert unets.distance(found, expected) < 1e-3, name
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES, ids=["-".join(case) for case in CASES])
+def test_every_layer_agrees_whatever_the_attention(saved, kind, name):
+    """Given ModelOpt's input, each layer gives ModelOpt's output."""
+    path = saved(kind, name)
+    theirs = mto.restore(unets.make(kind), path)
+    name, distance = worst_layer(theirs, foreign.read(path), kind)
+    assert distance < 1e-5, name
 
 
 def test_an_attention_that_a_node_has_chosen_stays(saved):
