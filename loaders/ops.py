@@ -109,7 +109,8 @@ class QuantizedOp:
             assert not inplace_update  # QuantizedPatcher puts hooked weights in place
             weight = patching.patched(self.weight, weight, seed)
         else:
-            weight = weight.to(self.weight.dtype)
+            # a copy: ComfyUI keeps what it gave, and writes into the weight at the next step
+            weight = weight.to(self.weight.dtype, copy=True)
         if return_weight:
             return weight
         self.weight = torch.nn.Parameter(weight, requires_grad=False)

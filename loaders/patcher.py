@@ -49,8 +49,9 @@ class QuantizedPatcher(ModelPatcher):
         return isinstance(comfy.utils.get_attr(self.model, key), QuantizedTensor)
 
     def _put(self, key: str, weight: torch.Tensor) -> None:
-        """`weight` in the place of the one at `key`, which is kept."""
-        before = comfy.utils.set_attr_param(self.model, key, weight)
+        """`weight` in the place of the one at `key`, on its device; that one is kept."""
+        device = comfy.utils.get_attr(self.model, key).device
+        before = comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
         self.hook_backup.setdefault(key, (before, before.device))
 
     def patch_hook_weight_to_device(
@@ -72,20 +73,24 @@ class QuantizedPatcher(ModelPatcher):
         weight = module.set_weight(dense, seed=seed, return_weight=True)
         self._put(key, weight)
         if self.hook_mode == EnumHookMode.MaxSpeed:
-            self.cached_hook_patches.setdefault(hooks, {})[key] = (weight, weight.device)
+            fits = memory_counter.use(weight)
+            kept = weight if fits else weight.to(device=self.offload_device)
+            self.cached_hook_patches.setdefault(hooks, {})[key] = (kept, weight.device)
 
     def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
         """Applies what `patch_hook_weight_to_device` kept of an earlier step."""
-        weight, device = cached_weights[key]
+        weight, _ = cached_weights[key]
         if isinstance(weight, QuantizedTensor):
-            self._put(key, weight.to(device=device))
+            self._put(key, weight)
         else:
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         """Puts the original weights back, those of `whitelist_keys_set` only where it names some."""
-        for key in [key for key in self.hook_backup if self._quantized(key)]:
-            if not whitelist_keys_set or key in whitelist_keys_set:
-                weight, device = self.hook_backup.pop(key)
-                comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
-        super().unpatch_hooks(whitelist_keys_set)
+        with self.use_ejected():
+            for key in [key for key in self.hook_backup if self._quantized(key)]:
+                if not whitelist_keys_set or key in whitelist_keys_set:
+                    # to where the hooked weight is now: ComfyUI moves models while they are hooked
+                    self._put(key, self.hook_backup[key][0])
+                    del self.hook_backup[key]
+            super().unpatch_hooks(whitelist_keys_set)

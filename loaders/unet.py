@@ -74,7 +74,7 @@ def load(
     tensors = _seen_by_detection(checkpoint, compute_dtype)
     as_stock = checkpoint.opens_in_stock
     gpu = describe(device)
-    if arithmetic == dispatch.AUTO and gpu.capability is None and checkpoint.header.get("imported"):
+    if arithmetic == dispatch.AUTO and device.type == "cpu" and checkpoint.header.get("imported"):
         arithmetic = dispatch.FAKE  # there is no kernel to win, and this is what ModelOpt computes
     operations = ops.quantized_ops(
         compute_dtype,

@@ -104,6 +104,9 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
                     step(CALL)
 
             modelopt.calibrate(unet, plans, replay if collects else None, recipe.percentile)
+            if silent := modelopt.never_called(unet, plans):
+                plans = {name: one for name, one in plans.items() if name not in silent}
+                notes.append(_left_in_16_bits(silent, len(plans)))
             bytes_before = sum(p.numel() * 2 for p in unet.parameters())
             tensors, table = pack.pack(unet, recipe, plans, step)
     finally:
@@ -158,6 +161,20 @@ def _runs(model, calibration, recipe: Recipe, plans: Mapping[str, LayerPlan], sa
 def _collects(one: LayerPlan) -> bool:
     """Whether recorded activations are of use to a layer."""
     return one.calibrates or modelopt.input_config(one, 1.0) is not None
+
+
+def _left_in_16_bits(silent: list[str], left: int) -> str:
+    """What the report says of layers without a recorded activation. Raises where none is left."""
+    names = ", ".join(silent)
+    if not left:
+        raise ValueError(
+            f"a layer to quantize must be called in the recording, none was of {names}: record "
+            "what uses them"
+        )
+    return (
+        f"Kept in 16 bits, as the recording never called them: {names}. Record what uses them to "
+        "quantize them too."
+    )
 
 
 def _place(run, record) -> float:

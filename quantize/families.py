@@ -58,8 +58,16 @@ WAN = Family(
         "text_embedding.*",
         "time_embedding.*",
         "time_projection.*",
-        "img_emb.*",
+        "img_emb*",
         "head.*",
+        "head_global.*",
+        # of its variants: speech, music, animation
+        "casual_audio_encoder.*",
+        "audio_proj.*",
+        "*injector_adain_*",
+        "music_projection*",
+        "music_encoder.*",
+        "face_encoder.*",
     ),
 )
 # class name -> family; models built from a subclass belong to it too
@@ -81,14 +89,16 @@ def family_of(model: torch.nn.Module) -> Family | None:
 def settle(model: torch.nn.Module, recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe as it applies to this model, and sentences for the report on what was changed.
 
-    A skip list other than a UNet's default one is the user's and stays as it is. Raises ValueError
-    where the family has no list, and the user gave none.
+    The UNet's default list, which the node shows, gives way to the family's own; what the user
+    wrote beside it stays. A list without any of it is the user's alone. Raises ValueError where the
+    family has no list, and the user gave none.
     """
     family = family_of(model)
     if family is UNET:
         return recipe, []
     notes = []
-    if family is None and recipe.skip in (DEFAULT_SKIP, ()):
+    own = tuple(pattern for pattern in recipe.skip if pattern not in DEFAULT_SKIP)
+    if family is None and not own:
         linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
         raise ValueError(
             "a family of models must have a list of layers that stay in 16 bits, "
@@ -96,10 +106,17 @@ def settle(model: torch.nn.Module, recipe: Recipe) -> tuple[Recipe, list[str]]:
             f"modulation in skip, one pattern a line (it has {', '.join(_ends(linear))}), or add "
             "the family to quantize/families.py"
         )
-    if family is not None and recipe.skip == DEFAULT_SKIP:
-        recipe = replace(recipe, skip=family.skip)
-        kept = ", ".join(family.skip)
+    if family is None:
+        recipe = replace(recipe, skip=own)
+    elif own != recipe.skip:
+        recipe = replace(recipe, skip=tuple(dict.fromkeys(family.skip + own)))
+        kept = ", ".join(recipe.skip)
         notes.append(f"Layers kept in 16 bits, those of a {family.name} model: {kept}.")
+    elif missing := [pattern for pattern in family.skip if pattern not in recipe.skip]:
+        notes.append(
+            f"The skip list is yours alone; usual for a {family.name} model are also "
+            f"{', '.join(missing)}."
+        )
     if recipe.layers == LINEAR_AND_CONV:
         recipe = replace(recipe, layers=LINEAR_ONLY)
         notes.append("Convolutions are quantized in UNets alone: this model was done linear only.")

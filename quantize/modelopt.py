@@ -133,6 +133,21 @@ def calibrate(
         mtq.quantize(unet, config, forward_loop)
 
 
+def never_called(unet: torch.nn.Module, plans: Mapping[str, LayerPlan]) -> list[str]:
+    """Names of the layers that need an activation of the calibration, and got none."""
+
+    def called(module: torch.nn.Module, plan: LayerPlan) -> bool:
+        if plan.algorithm in AWQ:  # ModelOpt gives a layer it never saw a smoothing of ones
+            return module.awq_lite.num_cache_steps > 0
+        return module.input_quantizer.amax is not None
+
+    return [
+        name
+        for name, plan in plans.items()
+        if plan.calibrates and not called(unet.get_submodule(name), plan)
+    ]
+
+
 def searches(plans: Mapping[str, LayerPlan]) -> bool:
     """Whether ModelOpt fake-quantizes while it calibrates: AWQ's search does."""
     return any(plan.algorithm in AWQ for plan in plans.values())

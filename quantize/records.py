@@ -7,7 +7,6 @@ short): taking every second call would otherwise keep one of them only.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -172,14 +171,25 @@ def _sorted_out(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
         elif listed and value and all(isinstance(entry, torch.Tensor) for entry in value):
             tensors[name] = list(value)
         else:
-            try:
-                plain[name] = json.loads(json.dumps(value))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    "a recorded call takes tensors, lists of tensors and plain values, got "
-                    f"{type(value).__name__} in {name}: this model cannot be recorded in this graph"
-                ) from error
+            plain[name] = _plain(value, name)
     return tensors, plain
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy of a value that JSON gives back as it was (tuples as lists). Raises ValueError."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(entry, f"{where}[{key!r}]") for key, entry in value.items()}
+    found = type(value).__name__
+    if isinstance(value, dict):
+        found = "a dict whose keys are not all text"
+    raise ValueError(
+        f"a recorded call takes tensors, lists of tensors and plain values, got {found} in {where}: "
+        "this model cannot be recorded in this graph"
+    )
 
 
 def _kinds_within(budget: int) -> int:

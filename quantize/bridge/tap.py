@@ -62,6 +62,11 @@ class Tap:
         options = call.pop("transformer_options", None) or {}
         first, second = list(call)[:2]  # named x and timesteps, timestep or t
         x, timesteps = call.pop(first), call.pop(second)
+        if not isinstance(x, torch.Tensor):  # a list: LTX-Video's sound beside its frames
+            raise ValueError(
+                f"a recorded call must have one latent, got a {type(x).__name__} in {first}: this "
+                "model cannot be recorded"
+            )
         own = {name: call.pop(name, None) for name in OWN}
         conds = (*options.get("cond_or_uncond", ()), *options.get("uuids", ()))
         self.recorder.add((conds, x.shape), x, timesteps, **own, kwargs=call)

@@ -12,6 +12,7 @@ from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import calibration as calibrations
 from comfyui_modelopt.quantize import engine, families
 from comfyui_modelopt.quantize.bridge import sampling
+from comfyui_modelopt.quantize.layers import DEFAULT_SKIP
 from comfyui_modelopt.quantize.quality import sqnr_db
 from comfyui_modelopt.quantize.recipe import Recipe
 from safetensors import safe_open
@@ -224,16 +225,85 @@ def test_a_calibration_of_another_family_is_refused(tmp_path_factory):
         engine.quantize_model(model, Recipe("int8"), calibration)
 
 
-def test_a_layer_that_the_recording_never_called(tmp_path_factory):
+NEEDS_ACTIVATIONS = {
+    "fp8": "max",
+    "int8": "smoothquant",
+    "int4": "awq_lite",
+    "w4a8": "awq_full",
+    "nvfp4": "svdquant",
+}
+
+
+@pytest.mark.parametrize("name", NEEDS_ACTIVATIONS)
+def test_layers_that_the_recording_never_called(tmp_path_factory, name):
+    """They stay in 16 bits, all of them named, and the file is as good as without them."""
     model, calibration = made("flux", tmp_path_factory)
+    block = model.model.diffusion_model.double_blocks[0]
+    spares = [comfy.ops.disable_weight_init.Linear(128, 128, dtype=torch.float16) for _ in "ab"]
+    recipe = Recipe(name, NEEDS_ACTIVATIONS[name])
+    expected = engine.quantize_model(model, recipe, calibration)
+    block.spare, block.other = spares
+    for spare in spares:
+        spare.weight.data.fill_(1.0)
+        spare.bias.data.zero_()
+    try:
+        quantized = engine.quantize_model(model, recipe, calibration)
+    finally:
+        del block.spare, block.other
+    names = [f"double_blocks.0.{spare}" for spare in ("spare", "other")]
+    assert any("never called" in note and ", ".join(names) in note for note in quantized.notes)
+    tensors = quantized.checkpoint.tensors
+    for name in names:
+        assert torch.equal(tensors.pop(f"{name}.weight"), spares[0].weight)
+        tensors.pop(f"{name}.bias")
+    assert quantized.checkpoint.layers == expected.checkpoint.layers
+    assert tensors.keys() == expected.checkpoint.tensors.keys()
+    assert all(torch.equal(t, expected.checkpoint.tensors[key]) for key, t in tensors.items())
+
+
+def test_a_recording_that_called_nothing(tmp_path_factory):
+    model, calibration = made("flux", tmp_path_factory)
+    with pytest.raises(
+        ValueError, match=r"must be called in the recording, none was of double_blocks.0.spare"
+    ):
+        _only_a_spare(model, calibration)
+
+
+def _only_a_spare(model, calibration):
+    """Quantizes a layer that the model has, and never calls."""
     block = model.model.diffusion_model.double_blocks[0]
     block.spare = comfy.ops.disable_weight_init.Linear(32, 32, dtype=torch.float16)
     block.spare.weight.data.fill_(1.0)
+    kept = [n for n, m in model.model.diffusion_model.named_modules() if hasattr(m, "in_features")]
+    kept = tuple(n for n in kept if not n.endswith("spare"))
     try:
-        with pytest.raises(ValueError, match=r"double_blocks.0.spare never was: skip"):
-            engine.quantize_model(model, Recipe("fp8", "max"), calibration)
+        engine.quantize_model(model, Recipe("fp8", "max", skip=kept), calibration)
     finally:
         del block.spare
+
+
+def test_a_users_pattern_beside_the_default_list(tmp_path_factory):
+    """What the node shows is a UNet's list: it gives way to the family's, the user's own stays."""
+    model, _ = made("flux", tmp_path_factory)
+    own = "double_blocks.0.img_attn.*"
+    found, notes = families.settle(
+        model.model.diffusion_model, Recipe("int8", skip=(*DEFAULT_SKIP, own))
+    )
+    assert found.skip == (*families.FLUX.skip, own)
+    assert own in notes[0]
+    alone, notes = families.settle(model.model.diffusion_model, Recipe("int8", skip=(own,)))
+    assert alone.skip == (own,)
+    assert "final_layer.*" in notes[0] and "yours alone" in notes[0]
+    shorter, _ = families.settle(model.model.diffusion_model, Recipe("int8", skip=DEFAULT_SKIP[1:]))
+    assert shorter.skip == families.FLUX.skip
+
+
+def test_a_family_without_a_list_takes_the_users_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    found, _ = families.settle(model, Recipe("int8", skip=(*DEFAULT_SKIP, "0")))
+    assert found.skip == ("0",)
+    with pytest.raises(ValueError, match=r"Sequential has none: write its first"):
+        families.settle(model, Recipe("int8"))
 
 
 def test_the_file_says_what_it_is(tmp_path, tmp_path_factory):
