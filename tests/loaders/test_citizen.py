@@ -268,13 +268,13 @@ def test_a_scheduled_lora(both, conditionings, loras, plain, mode):
 
 
 @pytest.mark.parametrize("mode", [EnumHookMode.MaxSpeed, EnumHookMode.MinVram])
-def test_a_scheduled_lora_on_every_layer(pair, conditionings, mode):
+def test_a_scheduled_lora_on_every_layer(both, conditionings, mode):
     """Also on layers left in 16 or 32 bits: what ComfyUI keeps of a step is not written into."""
-    unet = pair[1].model.diffusion_model
+    unet = both[1].model.diffusion_model
     dense = [n for n, m in unet.named_modules() if n.endswith((".emb_layers.1", "time_embed.0"))]
     lora = {}
     for name in [*dense, "middle_block.1.transformer_blocks.0.attn1.to_q"]:
-        rows, columns = pair[0].model.diffusion_model.get_submodule(name).weight.shape
+        rows, columns = both[0].model.diffusion_model.get_submodule(name).weight.shape
         generator = torch.Generator().manual_seed(rows)
         key = f"diffusion_model.{name}"
         lora[f"{key}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * 0.2
@@ -282,16 +282,16 @@ def test_a_scheduled_lora_on_every_layer(pair, conditionings, mode):
     hook = comfy.hooks.create_hook_lora(lora=lora, strength_model=1.0, strength_clip=0.0)
     conds = [comfy.hooks.set_hooks_for_conditioning(cond, hook) for cond in conditionings]
     for dtype in (None, torch.float32):
-        model = pair[1].clone()
+        model = both[1].clone()
         if dtype is not None:
             for name in dense:
                 layer = model.model.diffusion_model.get_submodule(name)
                 layer.weight = torch.nn.Parameter(layer.weight.to(dtype), requires_grad=False)
         model.hook_mode = mode
         hooked = sample(model, *conds)
-        static = comfy.sd.load_lora_for_models(pair[1], None, lora, 1.0, 0.0)[0]
+        static = comfy.sd.load_lora_for_models(both[1], None, lora, 1.0, 0.0)[0]
         assert sqnr(sample(static, *conditionings), hooked) > 30
-        assert sqnr(sample(pair[1], *conditionings), hooked) < 25
+        assert sqnr(sample(both[1], *conditionings), hooked) < 25
 
 
 # ---- merging, in every order
