@@ -15,9 +15,13 @@ COMFYUI = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".comfyui" / "ComfyUI")
 def _load_comfyui() -> None:
     sys.path.insert(0, str(COMFYUI))
     import torch
+
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:  # read when Triton is imported, which torch alone does not do
+        os.environ["TRITON_INTERPRET"] = "1"
     from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = on_cpu
 
 
 def _load_pack() -> None:
