@@ -5,6 +5,8 @@ No library has one for these GPUs; unfolding the input instead would write nine 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -20,9 +22,9 @@ def conv2d_reference(
     x_scale: torch.Tensor,
     w_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
     row_bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float16,
@@ -47,13 +49,25 @@ def conv2d_reference(
         out = out + row_bias[:, :, None, None]
     if residual is not None:
         out = out + residual
-    return gemm._quantized(out, out_scale, out_kind)
+    return gemm.quantized(out, out_scale, out_kind)
 
 
 def conv2d(
-    x, weight, x_scale, w_scale, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1),
-    row_bias=None, residual=None, dtype=torch.float16, out_kind=None, out_scale=None,
-):  # fmt: skip
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    row_bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+    out_kind: torch.dtype | None = None,
+    out_scale: torch.Tensor | None = None,
+    launch: Callable | None = None,
+) -> torch.Tensor:
     """`conv2d_reference` in Triton; the result is channels-last. x, weight and residual are copied
     where they are not channels-last already."""
     from . import triton_matmul as kernels
@@ -73,18 +87,17 @@ def conv2d(
         residual = residual.contiguous(memory_format=NHWC)
     if row_bias is not None:
         row_bias = row_bias.contiguous()
-    split = chosen.split
-    target = out if split == 1 else gemm._partial(split, m, n, x)
-    kernels.conv2d[(gemm._cdiv(m, chosen.bm) * gemm._cdiv(n, chosen.bn), split)](
+    target = out if chosen.split == 1 else gemm.partial_sums(chosen.split, m, n, x)
+    args = (
         x,
         weight,
         x_scale,
         w_scale,
-        out if bias is None else bias,
-        out if row_bias is None else row_bias,
-        out if residual is None else residual,
+        x if bias is None else bias,
+        x if row_bias is None else row_bias,
+        x if residual is None else residual,
         target,
-        out if out_scale is None else out_scale,
+        x if out_scale is None else out_scale,
         images,
         height,
         width,
@@ -98,22 +111,21 @@ def conv2d(
         r,
         s,
         gemm.INTEGER[x.dtype],
-        gemm.triton_dtype(dtype),
+        gemm.DTYPES[dtype],
         w_scale.numel() > 1,
         bias is not None,
         row_bias is not None,
         residual is not None,
         gemm.QUANTIZED[out_kind],
-        split,
+        chosen.split,
         channels % chosen.bk == 0,
         chosen.bm,
         chosen.bn,
         chosen.bk,
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
-        enable_fp_fusion=False,
     )
-    if split > 1:
-        gemm.finish(target, x_scale, w_scale, bias, row_bias, residual, out, out_scale, p * q, dtype,
-                    out_kind)  # fmt: skip
+    grid = (gemm.cdiv(m, chosen.bm) * gemm.cdiv(n, chosen.bn), chosen.split)
+    gemm.run(launch, kernels.conv2d, grid, args, chosen.warps, chosen.stages)
+    if chosen.split > 1:
+        gemm.finish(launch, target, x_scale, w_scale, bias, row_bias, residual, out, out_scale, p * q,
+                    dtype, out_kind)  # fmt: skip
     return out

@@ -6,7 +6,7 @@ products may differ in their order.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from . import fp8, int8, tiles
 
 INTEGER = {torch.int8: True, torch.float8_e4m3fn: False}
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 QUANTIZED = {None: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 
 
@@ -51,7 +52,10 @@ def _interpreted() -> bool:
     )
 
 
-def _quantized(y: torch.Tensor, scale: torch.Tensor | None, kind: torch.dtype | None):
+def quantized(
+    y: torch.Tensor, scale: torch.Tensor | None, kind: torch.dtype | None
+) -> torch.Tensor:
+    """y in int8 or float8_e4m3fn with a scalar scale; as it is where kind is None."""
     if kind is None:
         return y
     if kind == torch.int8:
@@ -90,7 +94,7 @@ def scaled_mm_reference(
     out = out.to(dtype)
     if residual is not None:
         out = out + residual
-    return _quantized(out, out_scale, out_kind)
+    return quantized(out, out_scale, out_kind)
 
 
 def scaled_mm(
@@ -103,78 +107,97 @@ def scaled_mm(
     dtype: torch.dtype = torch.float16,
     out_kind: torch.dtype | None = None,
     out_scale: torch.Tensor | None = None,
+    launch: Callable | None = None,
 ) -> torch.Tensor:
     """`scaled_mm_reference` in Triton. a and b contiguous."""
-    return grouped_scaled_mm(
-        a, (b,), a_scale, (b_scale,), (bias,), residual, dtype, out_kind, out_scale
-    )[0]
+    from . import triton_matmul as kernels
+
+    (m, k), n = a.shape, b.shape[0]
+    chosen = tiles.choose(m, n, k, tiles.chip(a.device))
+    out = torch.empty((m, n), device=a.device, dtype=out_kind or dtype)
+    target = out if chosen.split == 1 else partial_sums(chosen.split, m, n, a)
+    args = _matmul_args(a, (b,), a_scale, (b_scale,), None if bias is None else (bias,),
+                        residual, target, out_scale, dtype, out_kind, chosen)  # fmt: skip
+    grid = (cdiv(m, chosen.bm) * cdiv(n, chosen.bn), chosen.split, 1)
+    run(launch, kernels.matmul, grid, args, chosen.warps, chosen.stages)
+    if chosen.split > 1:
+        finish(launch, target, a_scale, b_scale, bias, None, residual, out, out_scale, 1, dtype,
+               out_kind)  # fmt: skip
+    return out
 
 
 def grouped_scaled_mm_reference(
-    a, weights, a_scale, scales, biases, residual=None, dtype=torch.float16, out_kind=None,
-    out_scale=None,
-):  # fmt: skip
-    """One `scaled_mm_reference` for each of up to three weights [N, K] -> [weights, M, N]."""
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    a_scale: torch.Tensor,
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> torch.Tensor:
+    """One `scaled_mm_reference` for each of two or three weights [N, K] -> [weights, M, N]."""
+    biases = biases or [None] * len(weights)
     return torch.stack(
         [
-            scaled_mm_reference(a, b, a_scale, scale, bias, residual, dtype, out_kind, out_scale)
+            scaled_mm_reference(a, b, a_scale, scale, bias, None, dtype)
             for b, scale, bias in zip(weights, scales, biases, strict=True)
         ]
     )
 
 
 def grouped_scaled_mm(
-    a, weights, a_scale, scales, biases, residual=None, dtype=torch.float16, out_kind=None,
-    out_scale=None,
-):  # fmt: skip
+    a: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    a_scale: torch.Tensor,
+    scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None = None,
+    dtype: torch.dtype = torch.float16,
+    launch: Callable | None = None,
+) -> torch.Tensor:
     """`grouped_scaled_mm_reference` in Triton, in one launch: the weights stay where they are."""
     from . import triton_matmul as kernels
 
     groups = len(weights)
     (m, k), n = a.shape, weights[0].shape[0]
-    chosen = tiles.choose(m * groups, n, k, tiles.chip(a.device), splits=groups == 1)
-    out = torch.empty((groups, m, n), device=a.device, dtype=out_kind or dtype)
-    split = chosen.split
-    target = out if split == 1 else _partial(split, m, n, a)
-    bias = biases[0]
-    none = out  # a pointer that is not read
-    shared = (
-        INTEGER[a.dtype],
-        triton_dtype(dtype),
-        a_scale.numel() > 1,
-        scales[0].numel() > 1,
-        bias is not None,
-    )
-    pick = [min(i, groups - 1) for i in range(3)]
-    grid = (_cdiv(m, chosen.bm) * _cdiv(n, chosen.bn), split, groups)
-    kernels.matmul[grid](
+    chosen = tiles.choose(m * groups, n, k, tiles.chip(a.device), splits=False)
+    out = torch.empty((groups, m, n), device=a.device, dtype=dtype)
+    args = _matmul_args(a, weights, a_scale, scales, biases, None, out, None, dtype, None, chosen)
+    grid = (cdiv(m, chosen.bm) * cdiv(n, chosen.bn), 1, groups)
+    run(launch, kernels.matmul, grid, args, chosen.warps, chosen.stages)
+    return out
+
+
+def _matmul_args(
+    a, weights, a_scale, scales, biases, residual, target, out_scale, dtype, out_kind, chosen
+) -> tuple:
+    """The arguments of the kernel `matmul`, in its order. What it does not read is `a`."""
+    (m, k), n, groups = a.shape, weights[0].shape[0], len(weights)
+    three = [min(i, groups - 1) for i in range(3)]
+    return (
         a,
-        *(weights[i] for i in pick),
+        *(weights[i] for i in three),
         a_scale,
-        *(scales[i] for i in pick),
-        *(none if bias is None else biases[i] for i in pick),
-        none if residual is None else residual,
+        *(scales[i] for i in three),
+        *(a if biases is None else biases[i] for i in three),
+        a if residual is None else residual,
         target,
-        none if out_scale is None else out_scale,
+        a if out_scale is None else out_scale,
         m,
         n,
         k,
-        *shared,
+        INTEGER[a.dtype],
+        DTYPES[dtype],
+        a_scale.numel() > 1,
+        scales[0].numel() > 1,
+        biases is not None,
         residual is not None,
         groups,
         QUANTIZED[out_kind],
-        split,
+        chosen.split,
         k % chosen.bk == 0,
         chosen.bm,
         chosen.bn,
         chosen.bk,
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
-        enable_fp_fusion=False,
     )
-    if split > 1:
-        finish(target, a_scale, scales[0], bias, None, residual, out, out_scale, 1, dtype, out_kind)
-    return out
 
 
 def scaled_mm_geglu_reference(
@@ -189,31 +212,39 @@ def scaled_mm_geglu_reference(
 ) -> torch.Tensor:
     """a [M, K] times b [2 N, K] transposed -> [M, N]: first half times GELU (exact) of the second."""
     value, gate = scaled_mm_reference(a, b, a_scale, b_scale, bias, None, dtype).chunk(2, dim=-1)
-    return _quantized(value * F.gelu(gate), out_scale, out_kind)
+    return quantized(value * F.gelu(gate), out_scale, out_kind)
 
 
 def scaled_mm_geglu(
-    a, b, a_scale, b_scale, bias=None, dtype=torch.float16, out_kind=None, out_scale=None
-):
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
+    out_kind: torch.dtype | None = None,
+    out_scale: torch.Tensor | None = None,
+    launch: Callable | None = None,
+) -> torch.Tensor:
     """`scaled_mm_geglu_reference` in Triton."""
     from . import triton_matmul as kernels
 
     (m, k), n = a.shape, b.shape[0] // 2
     chosen = tiles.choose(m, n, k, tiles.chip(a.device), weights=2, splits=False)
     out = torch.empty((m, n), device=a.device, dtype=out_kind or dtype)
-    kernels.matmul_geglu[(_cdiv(m, chosen.bm) * _cdiv(n, chosen.bn),)](
+    args = (
         a,
         b,
         a_scale,
         b_scale,
-        out if bias is None else bias,
+        a if bias is None else bias,
         out,
-        out if out_scale is None else out_scale,
+        a if out_scale is None else out_scale,
         m,
         n,
         k,
         INTEGER[a.dtype],
-        triton_dtype(dtype),
+        DTYPES[dtype],
         a_scale.numel() > 1,
         b_scale.numel() > 1,
         bias is not None,
@@ -222,33 +253,32 @@ def scaled_mm_geglu(
         chosen.bm,
         chosen.bn,
         chosen.bk,
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
-        enable_fp_fusion=False,
     )
+    grid = (cdiv(m, chosen.bm) * cdiv(n, chosen.bn),)
+    run(launch, kernels.matmul_geglu, grid, args, chosen.warps, chosen.stages)
     return out
 
 
-def finish(parts, a_scale, b_scale, bias, row_bias, residual, out, out_scale, rows_per_image, dtype,
-           out_kind) -> None:  # fmt: skip
-    """Adds up the parts [split, M, N] of a divided product and writes the finished result to `out`."""
+def finish(launch, parts, a_scale, b_scale, bias, row_bias, residual, out, out_scale, rows_per_image,
+           dtype, out_kind) -> None:  # fmt: skip
+    """Adds up the parts [split, M, N] of a divided sum and writes the finished result to `out`."""
     from . import triton_matmul as kernels
 
     split, m, n = parts.shape
-    kernels.reduce[(_cdiv(m, 16), _cdiv(n, 128))](
+    args = (
         parts,
         a_scale,
         b_scale,
-        out if bias is None else bias,
-        out if row_bias is None else row_bias,
-        out if residual is None else residual,
+        parts if bias is None else bias,
+        parts if row_bias is None else row_bias,
+        parts if residual is None else residual,
         out,
-        out if out_scale is None else out_scale,
+        parts if out_scale is None else out_scale,
         m,
         n,
         rows_per_image,
         parts.dtype == torch.int32,
-        triton_dtype(dtype),
+        DTYPES[dtype],
         a_scale.numel() > 1,
         b_scale.numel() > 1,
         bias is not None,
@@ -258,24 +288,26 @@ def finish(parts, a_scale, b_scale, bias, row_bias, residual, out, out_scale, ro
         split,
         16,
         128,
-        num_warps=4,
-        enable_fp_fusion=False,
     )
+    run(launch, kernels.reduce, (cdiv(m, 16), cdiv(n, 128)), args, 4, 2)
 
 
-def _partial(split: int, m: int, n: int, a: torch.Tensor) -> torch.Tensor:
+def run(launch: Callable | None, kernel, grid: tuple, args: tuple, warps: int, stages: int) -> None:
+    """Launches a Triton kernel; through `launch` (torch.library.wrap_triton) where it is traced.
+
+    Fusing a multiplication with an addition would round once where PyTorch rounds twice.
+    """
+    if launch is None:
+        kernel[grid](*args, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    else:
+        launch(kernel)[grid](*args, num_warps=warps, num_stages=stages)
+
+
+def partial_sums(split: int, m: int, n: int, a: torch.Tensor) -> torch.Tensor:
+    """Room for the sums of a product of a's kind that `split` programs share."""
     sums = torch.int32 if INTEGER[a.dtype] else torch.float32
     return torch.empty((split, m, n), device=a.device, dtype=sums)
 
 
-def triton_dtype(dtype: torch.dtype):
-    """torch's dtype as Triton's."""
-    import triton.language as tl
-
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[
-        dtype
-    ]
-
-
-def _cdiv(a: int, b: int) -> int:
-    return math.ceil(a / b)
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -32,12 +32,16 @@ def to_e4m3(x):
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """float32 -> the nearest value of DTYPE, in float32."""
-    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter cuts the mantissa off
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE).to(tl.float32)
+    """float32 -> the nearest value of fp16 (0), bf16 (1) or fp32 (2), in float32."""
+    if DTYPE == 0:
+        return x.to(tl.float16).to(tl.float32)
+    if DTYPE == 1:
+        if INTERPRETED:  # the interpreter cuts the mantissa off
+            bits = x.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            x = bits.to(tl.float32, bitcast=True)
+        return x.to(tl.bfloat16).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -147,7 +151,7 @@ def matmul(a, b0, b1, b2, a_scale, s0, s1, s2, bias0, bias1, bias2, residual, ou
         at = (part * m + rows).to(tl.int64)[:, None] * n + cols[None, :]
         tl.store(out + at, acc, mask=(rows < m)[:, None] & (cols < n)[None, :])
     else:
-        out += group * (m.to(tl.int64) * n)
+        out += group * (tl.cast(m, tl.int64) * n)
         _epilogue(acc, rows, cols, m, n, a_scale, b_scale, bias, a, 1, residual, out, out_scale,
                   DTYPE, PER_ROW, PER_CHANNEL, HAS_BIAS, False, HAS_RESIDUAL, QUANTIZE)  # fmt: skip
 
@@ -164,7 +168,7 @@ def matmul_geglu(a, b, a_scale, b_scale, bias, out, out_scale, m, n, k, INTEGER:
     inner = tl.arange(0, BK)
     a_at = a + (rows % m).to(tl.int64)[:, None] * k + inner[None, :]
     b_at = b + (cols % n).to(tl.int64)[None, :] * k + inner[:, None]
-    g_at = b_at + n.to(tl.int64) * k
+    g_at = b_at + tl.cast(n, tl.int64) * k
     value = tl.zeros((BM, BN), tl.int32 if INTEGER else tl.float32)
     gate = tl.zeros((BM, BN), tl.int32 if INTEGER else tl.float32)
     for i in range(0, tl.cdiv(k, BK)):
