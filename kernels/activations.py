@@ -35,11 +35,12 @@ def quantize_rows(
     x = x.contiguous()
     k = x.shape[-1]
     m = x.numel() // k
-    rows, columns, warps = producers.tile(k, scale is None)
+    rows, columns = producers.tile(k, scale is None)
     q = torch.empty(x.shape, dtype=producers.DTYPES[kind], device=x.device)
     out = producers.new_scale(x, m, scale)
     grid = (-(-m // rows) * -(-k // columns),)
     kernel[grid](
-        x, pre_quant_scale, out, q, m, k, rows, columns, scale is None, num_warps=warps
+        x, pre_quant_scale, out, q, m, k, rows, columns, scale is None,
+        num_warps=producers.warps(rows, columns),
     )  # fmt: skip
     return q, out

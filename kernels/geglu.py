@@ -38,11 +38,12 @@ def geglu_quantize(
     h = h.contiguous()
     k = h.shape[-1] // 2
     m = h.numel() // (2 * k)
-    rows, columns, warps = producers.tile(k, scale is None)
+    rows, columns = producers.tile(k, scale is None)
     q = torch.empty((*h.shape[:-1], k), dtype=producers.DTYPES[kind], device=h.device)
     out = producers.new_scale(h, m, scale)
     grid = (-(-m // rows) * -(-k // columns),)
     kernel[grid](
-        h, pre_quant_scale, out, q, m, k, rows, columns, scale is None, num_warps=warps
+        h, pre_quant_scale, out, q, m, k, rows, columns, scale is None,
+        num_warps=producers.warps(rows, columns),
     )  # fmt: skip
     return q, out

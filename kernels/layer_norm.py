@@ -46,11 +46,11 @@ def layer_norm_quantize(
     x = x.contiguous()
     k = x.shape[-1]
     m = x.numel() // k
-    rows, columns, warps = producers.tile(k, True)
+    rows, columns = producers.tile(k, True)
     q = torch.empty(x.shape, dtype=producers.DTYPES[kind], device=x.device)
     out = producers.new_scale(x, m, scale)
     kernel[(-(-m // rows),)](
         x, weight, bias, pre_quant_scale, out, q, m, k, eps, rows, columns, scale is None,
-        num_warps=warps,
+        num_warps=producers.warps(rows, columns),
     )  # fmt: skip
     return q, out

@@ -68,8 +68,8 @@ def why_not(device: torch.device, kind: str, width: int) -> str | None:
     return None
 
 
-def tile(width: int, whole_row: bool) -> tuple[int, int, int]:
-    """Rows and columns (powers of two) of one program's tile, and its warps; 16 values a thread.
+def tile(width: int, whole_row: bool) -> tuple[int, int]:
+    """Rows and columns, powers of two, of one program's tile of a matrix with `width` columns.
 
     With a scale for each token a tile holds whole rows. Otherwise columns are the largest power of
     two that divides the row, so that no lane idles: of 64 (a 128-byte line in 16 bits) and more.
@@ -79,8 +79,12 @@ def tile(width: int, whole_row: bool) -> tuple[int, int, int]:
     columns = padded if whole_row or divisor < 64 else divisor
     if not whole_row:
         columns = min(columns, TILE)
-    rows = max(1, TILE // columns)
-    return rows, columns, max(4, rows * columns // (THREAD * 32))
+    return max(1, TILE // columns), columns
+
+
+def warps(rows: int, columns: int) -> int:
+    """Warps of 32 threads for a tile, each thread THREAD values; at least 4."""
+    return max(4, rows * columns // (THREAD * 32))
 
 
 def power_of_two(n: int) -> int:

@@ -30,13 +30,12 @@ def row_amax(v):
 def token_scale(amax, INT8: tl.constexpr):
     """As `int8.quantize_per_token` and `fp8.token_scale` round it."""
     if INT8:
-        scale = tl.math.div_rn(amax, tl.full(amax.shape, 127.0, tl.float32))
+        scale = tl.math.div_rn(amax, 127.0)
         scale = tl.maximum(scale, 1e-30, propagate_nan=tl.PropagateNan.ALL)
     else:
-        one = tl.full(amax.shape, 1.0, tl.float32)
         amax = tl.where(amax <= 5.9604644775390625e-08, 1.0, amax)  # 2**-24
         # PyTorch divides a number by a tensor as its reciprocal times the number
-        scale = tl.math.div_rn(one, tl.math.div_rn(one, amax) * 448.0)
+        scale = tl.math.div_rn(1.0, tl.math.div_rn(1.0, amax) * 448.0)
     return scale
 
 
@@ -44,22 +43,21 @@ def token_scale(amax, INT8: tl.constexpr):
 def to_8_bits(v, scale, INT8: tl.constexpr):
     """float32 [R, C], scale [R, 1] -> int8 or float8e4nv [R, C]; beyond the range it is clipped."""
     if INT8:
-        v = tl.clamp(tl.math.div_rn(v, tl.broadcast_to(scale, v.shape)), -128.0, 127.0)
+        v = tl.clamp(tl.math.div_rn(v, scale), -128.0, 127.0)
         q = ((v + TO_INTEGER) - TO_INTEGER).to(tl.int8)
     else:
-        step = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-        v = tl.clamp(v * step, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.clamp(v * tl.math.div_rn(1.0, scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         q = v.to(tl.float8e4nv)
     return q
 
 
 @triton.jit
-def store_quantized(v, q, scale, offsets, inside, row, m, PER_TOKEN: tl.constexpr):
+def store_quantized(v, q, scale, offsets, inside, row, rows_inside, PER_TOKEN: tl.constexpr):
     """Quantizes float32 [R, C], 0 outside; reads the static scale or writes those of the rows."""
     INT8: tl.constexpr = q.dtype.element_ty == tl.int8
     if PER_TOKEN:
         s = token_scale(row_amax(v), INT8)
-        tl.store(scale + row, s, mask=row < m)
+        tl.store(scale + row, s, mask=rows_inside)
     else:
         s = tl.full((v.shape[0],), 1.0, tl.float32) * tl.load(scale)
     tl.store(q + offsets, to_8_bits(v, s[:, None], INT8), mask=inside)
@@ -93,7 +91,7 @@ def quantize_rows(
     v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     if pre_quant_scale is not None:
         v = times_pre_quant_scale(v, pre_quant_scale, column, k, x)
-    store_quantized(v, q, scale, offsets, inside, row, m, PER_TOKEN)
+    store_quantized(v, q, scale, offsets, inside, row, row < m, PER_TOKEN)
 
 
 @triton.jit
@@ -105,10 +103,10 @@ def layer_norm(
     row, column, inside = tile_of(m, k, ROWS, COLUMNS)
     offsets = row[:, None] * k + column[None, :]
     v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-    count = tl.full((ROWS,), 1.0, tl.float32) * k
+    count = k * 1.0
     v = tl.where(inside, v - tl.math.div_rn(tl.sum(v, 1), count)[:, None], 0.0)
     deviation = tl.math.sqrt_rn(tl.math.div_rn(tl.sum(v * v, 1), count) + eps)
-    v = v * tl.math.div_rn(tl.full((ROWS,), 1.0, tl.float32), deviation)[:, None]
+    v = v * tl.math.div_rn(1.0, deviation)[:, None]
     if weight is not None:
         v *= tl.load(weight + column, mask=column < k, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
@@ -116,7 +114,7 @@ def layer_norm(
     v = round_as(v, x)
     if pre_quant_scale is not None:
         v = times_pre_quant_scale(v, pre_quant_scale, column, k, x)
-    store_quantized(v, q, scale, offsets, inside, row, m, PER_TOKEN)
+    store_quantized(v, q, scale, offsets, inside, row, row < m, PER_TOKEN)
 
 
 @triton.jit
@@ -134,4 +132,4 @@ def geglu(
     if pre_quant_scale is not None:
         v = times_pre_quant_scale(v, pre_quant_scale, column, k, h)
     offsets = row[:, None] * k + column[None, :]
-    store_quantized(v, q, scale, offsets, inside, row, m, PER_TOKEN)
+    store_quantized(v, q, scale, offsets, inside, row, row < m, PER_TOKEN)
