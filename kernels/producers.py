@@ -16,12 +16,10 @@ from . import fp8, int8
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # first compute capability whose conversions to the type are hardware's and Triton's
 CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
-# elements a thread holds: one 16-byte store of 8-bit values
-THREAD = 16
-# elements of a program with 128 threads
-TILE = THREAD * 128
-# the longest row that one program of 1024 threads holds
-MAX_ROW = THREAD * 1024
+# elements of a program but for longer rows: 256 threads with one 16-byte load of 16-bit values each
+TILE = 2048
+# the longest row: 512 threads with 16 values each. Twice that would leave 64 registers a thread
+MAX_ROW = 8192
 
 
 def quantize_reference(
@@ -83,8 +81,8 @@ def tile(width: int, whole_row: bool) -> tuple[int, int]:
 
 
 def warps(rows: int, columns: int) -> int:
-    """Warps of 32 threads for a tile, each thread THREAD values; at least 4."""
-    return max(4, rows * columns // (THREAD * 32))
+    """Warps of 32 threads for a tile: 8 values a thread, 16 in the longest rows."""
+    return min(16, max(4, rows * columns // 256))
 
 
 def power_of_two(n: int) -> int:

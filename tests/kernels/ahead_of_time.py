@@ -42,7 +42,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Compiled:
-    """shared: bytes. spills: bytes stored to and loaded from local memory for want of registers."""
+    """shared: bytes of a program. registers, spills (bytes of stack and local memory): of a thread.
+
+    loads, stores: bits of each access to global memory, in the order of the code.
+    """
 
     ptx: str
     shared: int
@@ -57,7 +60,6 @@ class Compiled:
 
 
 def _widths(ptx: str, instruction: str) -> list[int]:
-    """Bits of each access to global memory, in the order of the code."""
     pattern = rf"\b{instruction}\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b"
     return [int(vector or 1) * int(bits) for vector, bits in re.findall(pattern, ptx)]
 
@@ -103,25 +105,26 @@ def _compile(request: Request) -> dict:
         target=GPUTarget("cuda", request.capability, 32),
         options={"num_warps": request.warps, "num_stages": request.stages},
     )
-    ptx = compiled.asm["ptx"]
-    return {"ptx": ptx, "shared": compiled.metadata.shared, **_assemble(ptx, request.capability)}
+    return {
+        "ptx": compiled.asm["ptx"],
+        "shared": compiled.metadata.shared,
+        **_resources(compiled.asm["cubin"]),
+    }
 
 
-def _assemble(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes, from the report of the ptxas that Triton brings along."""
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes of its stack, as the cuobjdump that Triton brings reads them."""
     from triton import knobs
 
-    tool = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
-    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name={target}", source, "-o", Path(folder) / "cubin"]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    spills = re.findall(r"(\d+) bytes spill", report)
-    assert len(spills) == 2, report
-    registers = re.search(r"Used (\d+) registers", report).group(1)
-    return {"registers": int(registers), "spills": sum(map(int, spills))}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", report)
+    assert found, report
+    registers, stack, local = map(int, found.groups())
+    return {"registers": registers, "spills": stack + local}
 
 
 def _main() -> None:
