@@ -85,8 +85,9 @@ def statistics_tile(n: int, channels: int, pixels: int, groups: int) -> tuple[in
     stretches as PROGRAMS asks for, none shorter than a tile.
     """
     per_group = channels // groups
-    block = max(1, min(groups, READ // per_group))
-    block = 1 << (block.bit_length() - 1)
+    block = 1
+    while 2 * block * per_group <= READ and block < groups:
+        block *= 2
     columns = producers.power_of_two(block * per_group)
     rows = max(1, producers.TILE // columns)
     programs = n * -(-groups // block)

@@ -72,11 +72,12 @@ def tile(width: int, whole_row: bool) -> tuple[int, int]:
     With a scale for each token a tile holds whole rows. Otherwise columns are the largest power of
     two that divides the row, so that no lane idles: of 64 (a 128-byte line in 16 bits) and more.
     """
-    padded = power_of_two(width)
-    divisor = width & -width
-    columns = padded if whole_row or divisor < 64 else divisor
+    columns = power_of_two(width)
     if not whole_row:
-        columns = min(columns, TILE)
+        divisor = 1
+        while divisor < TILE and width % (2 * divisor) == 0:
+            divisor *= 2
+        columns = divisor if divisor >= 64 else min(columns, TILE)
     return max(1, TILE // columns), columns
 
 
@@ -86,8 +87,14 @@ def warps(rows: int, columns: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
+    """The smallest power of two that is at least n.
+
+    By comparisons, which torch.compile turns into guards where n is a dynamic size.
+    """
+    power = 1
+    while power < n:
+        power *= 2
+    return power
 
 
 def new_scale(x: torch.Tensor, tokens: int, scale: torch.Tensor | None) -> torch.Tensor:
