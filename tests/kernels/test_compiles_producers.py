@@ -1,0 +1,129 @@
+"""The producers compile for every GPU they are for, with 16-byte accesses and without spills."""
+
+from __future__ import annotations
+
+import pytest
+from comfyui_modelopt.kernels import group_norm, producers
+
+from .ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, Request, compile_all
+
+TYPES = {"int8": "*i8", "fp8": "*fp8e4nv"}
+
+
+def rows(function, k, kind, capability, per_token, scaled=False, x="*fp16", odd=()):
+    tile = producers.tile(k, per_token or function == "layer_norm")
+    first = "h" if function == "geglu" else "x"
+    arguments = {first: x, "scale": "*fp32", "q": TYPES[kind], "m": "i32", "k": "i32"}
+    if function == "layer_norm":
+        arguments |= {"weight": x, "bias": "*fp32", "eps": "fp32"}
+    constexprs = {"ROWS": tile[0], "COLUMNS": tile[1], "PER_TOKEN": per_token}
+    if scaled:
+        arguments["pre_quant_scale"] = "*fp32"
+    else:
+        constexprs["pre_quant_scale"] = None
+    warps = producers.warps(*tile)
+    module = "kernels.triton_quantize"
+    return Request(module, function, arguments, constexprs, capability, warps, odd=odd)
+
+
+def statistics(channels, pixels, capability, x="*fp16"):
+    block, stretches, lines, columns = group_norm.statistics_tile(2, channels, pixels, 32)
+    per_group = channels // 32
+    constexprs = {
+        "GROUPS": 32,
+        "PER_GROUP": per_group,
+        "STRETCHES": stretches,
+        "BLOCK": block,
+        "SLOTS": producers.power_of_two(per_group),
+        "ROWS": lines,
+        "COLUMNS": columns,
+    }
+    arguments = {"x": x, "partial": "*fp32", "pixels": "i32", "channels": "i32"}
+    warps = producers.warps(lines, columns)
+    module = "kernels.triton_group_norm"
+    return Request(module, "statistics", arguments, constexprs, capability, warps)
+
+
+def normalize(channels, pixels, kind, capability, per_token, x="*fp16"):
+    tile = producers.tile(channels, per_token)
+    near = group_norm.normalize_tile(2, channels, pixels, 32, *tile)[1]
+    arguments = {
+        **dict.fromkeys(("x", "weight", "bias"), x),
+        **dict.fromkeys(("partial", "scale"), "*fp32"),
+        "q": TYPES[kind],
+        **dict.fromkeys(("images", "pixels", "channels", "length"), "i32"),
+        "eps": "fp32",
+    }
+    constexprs = {
+        "GROUPS": 32,
+        "PER_GROUP": channels // 32,
+        "STRETCHES": group_norm.statistics_tile(2, channels, pixels, 32)[1],
+        "NEAR": near,
+        "SILU": True,
+        "PER_TOKEN": per_token,
+        "ROWS": tile[0],
+        "COLUMNS": tile[1],
+    }
+    return Request(
+        "kernels.triton_group_norm",
+        "normalize",
+        arguments,
+        constexprs,
+        capability,
+        producers.warps(*tile),
+        odd=("images", "length"),
+    )
+
+
+def for_kind(kind, capability):
+    """Shapes of SDXL and SD1.5, every type of x."""
+    return [
+        rows("quantize_rows", 320, kind, capability, True),
+        rows("quantize_rows", 1280, kind, capability, False, scaled=True, x="*bf16"),
+        rows("layer_norm", 640, kind, capability, True, scaled=True, x="*bf16"),
+        rows("layer_norm", 1280, kind, capability, True),
+        rows("geglu", 5120, kind, capability, False),
+        rows("geglu", 5120, kind, capability, True, scaled=True),
+        rows("geglu", 1280, kind, capability, True, x="*fp32"),
+        normalize(320, 128 * 128, kind, capability, False),
+        normalize(1280, 32 * 32, kind, capability, False, x="*bf16"),
+        normalize(2560, 8 * 8, kind, capability, True),
+    ]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_accesses_are_wide_and_registers_enough(capability):
+    requests = [
+        statistics(320, 128 * 128, capability),
+        statistics(1280, 32 * 32, capability, x="*bf16"),
+        statistics(2560, 8 * 8, capability, x="*fp32"),
+    ]
+    for kind in ("int8", "fp8") if capability in FP8_CAPABILITIES else ("int8",):
+        requests += for_kind(kind, capability)
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        assert compiled.spills == 0, request
+        assert compiled.registers <= 64, (request, compiled.registers)
+        assert compiled.loads.count(128) >= (2 if request.function == "geglu" else 1), (
+            request,
+            compiled.loads,
+        )
+        if request.function != "statistics":
+            assert 128 in compiled.stores, (request, compiled.stores)
+
+
+def test_odd_sizes_and_ones_compile():
+    """A row that 16 does not divide has narrow accesses; Triton makes constants of ones."""
+    odd = rows("quantize_rows", 77, "int8", 80, True, odd=("m", "k"))
+    one = rows("layer_norm", 320, "int8", 80, True)
+    del one.arguments["m"]
+    one.constexprs["m"] = 1
+    pixel = normalize(320, 1, "int8", 80, True)
+    for name in ("images", "pixels", "length"):
+        del pixel.arguments[name]
+        pixel.constexprs[name] = 1
+    first = statistics(320, 1, 80)
+    del first.arguments["pixels"]
+    first.constexprs["pixels"] = 1
+    compiled = compile_all([odd, one, pixel, first])
+    assert 128 not in compiled[0].loads
+    assert all(c.spills == 0 for c in compiled)
