@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from . import fp8, int8, tiles
+from . import fp8, int8, producers, tiles
 
 INTEGER = {torch.int8: True, torch.float8_e4m3fn: False}
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -20,36 +20,7 @@ QUANTIZED = {None: 0, torch.int8: 1, torch.float8_e4m3fn: 2}
 
 def why_not(kind: str, device: torch.device) -> str | None:
     """The reason these kernels (and conv.py's) cannot run a `kind` ("int8", "fp8") there, or None."""
-    if not triton_found():
-        return "Triton is not installed (on Windows: the package triton-windows)"
-    if device.type == "cuda":
-        needed = {"int8": (8, 0), "fp8": (8, 9)}[kind]
-        found = torch.cuda.get_device_capability(device)
-        if torch.version.hip or found < needed:
-            return (
-                f"Triton's {kind} products need compute capability {needed[0]}.{needed[1]}, "
-                f"found {found[0]}.{found[1]}"
-            )
-        return None
-    return None if _interpreted() else "Triton kernels run on NVIDIA GPUs"
-
-
-def triton_found() -> bool:
-    """Whether Triton can be imported."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _interpreted() -> bool:
-    from . import triton_matmul
-
-    return (
-        not hasattr(triton_matmul.matmul, "cache_hook")
-        and "Interpreted" in type(triton_matmul.matmul).__name__
-    )
+    return producers.why_not(device, kind, 1)
 
 
 def quantized(

@@ -6,6 +6,8 @@ import comfy.model_management
 import comfy_kitchen
 import torch
 
+from ..kernels import check
+from ..utils import capability
 from ..utils.capability import GPU
 
 
@@ -23,7 +25,16 @@ def describe(device: torch.device) -> GPU:
         _version(torch.version.cuda),
         frozenset(n for n, b in backends.items() if b["available"] and not b["disabled"]),
         torch_version,
+        _why_no_triton(device),
     )
+
+
+def _why_no_triton(device: torch.device) -> str:
+    """Why our kernels do not run on this CUDA device, of the kinds that its capability has."""
+    found = torch.cuda.get_device_capability(device)
+    kinds = [kind for kind in check.KINDS if found >= capability.OURS[kind]]
+    reasons = [check.why_not(device, kind) for kind in kinds]
+    return next((reason for reason in reasons if reason), "")
 
 
 def current() -> GPU:

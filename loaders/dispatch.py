@@ -10,12 +10,16 @@ import torch
 
 from ..formats import FORMATS
 from ..formats.checkpoint import STATIC, Layer
+from ..kernels import backends
 from ..kernels import blocks as block_kernels
 from ..kernels import fp8 as fp8_kernels
 from ..kernels import int8 as int8_kernels
+from ..kernels.backends import Backend
+from ..kernels.producers import MAX_ROW
 from ..utils import capability
 from ..utils.capability import EMULATED, GPU, NATIVE, REFUSED
 from . import native, simulation
+from .eight_bit import KINDS, EightBit
 
 AUTO, INTEGER, FAKE = "auto", "integer", "fake"
 
@@ -28,12 +32,14 @@ class Kernel:
     "dequantized" (weights in 16 or 32 bits), "weight-only" (so by the format's definition) or
     "simulated" (ModelOpt's own, to verify). `why` is shown to the user. run(x, input_scale, weight,
     bias, *geometry) with the weight as a QuantizedTensor; None where weights are dequantized.
+    eight_bit: the two halves of `run`, where it has them (see fused.py).
     """
 
     name: str
     level: str
     why: str
     run: Callable | None = field(default=None, compare=False)
+    eight_bit: EightBit | None = field(default=None, compare=False)
 
     @property
     def dequantizes(self) -> bool:
@@ -95,13 +101,15 @@ def choose(
     arithmetic: str = AUTO,
     shape: tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float16,
+    backend: Backend | None = None,
 ) -> Kernel:
     """The kernel for a layer on a device. Raises ValueError where the format cannot run there.
 
     as_stock: the file opens in stock ComfyUI, whose result on a device without the format's units
     is the dequantized one; such a file gives the same picture here and there. arithmetic: AUTO;
     INTEGER emulates the low-precision units also for such a file; FAKE runs ModelOpt's float32
-    simulation where there is one, to verify against ModelOpt. shape: of the weight; dtype: that is computed in.
+    simulation where there is one, to verify against ModelOpt. shape: of the weight; dtype: that is
+    computed in. backend: computes the 8-bit layers, whatever the device (tests, benchmarks).
     """
     key = (layer.format, layer.kind)
     what = f"{layer.format} {layer.kind}"
@@ -113,7 +121,11 @@ def choose(
     if arithmetic == FAKE and key in simulation.SIMULATED:
         run = simulation.of(layer)
         return Kernel(f"{what}: ModelOpt's simulation", "simulated", found.why, run)
-    reason = native.why_not(layer.format, shape or layer.shape or (0, 0), dtype)
+    shape = shape or layer.shape or (0, 0)
+    own = _own_kernel(layer, gpu, shape, backend)
+    if own is not None:
+        return own
+    reason = native.why_not(layer.format, shape, dtype)
     if found.level == NATIVE and layer.format == "int8" and layer.activations == STATIC:
         why = "comfy-kitchen's INT8 scales activations per token only"
         return Kernel(f"{what}: exact reference", EMULATED, why, REFERENCE[key])
@@ -127,6 +139,20 @@ def choose(
             why += "; stock ComfyUI computes this file the same way"
         return Kernel(f"{what}: dequantized", "dequantized", why)
     return Kernel(f"{what}: exact reference", EMULATED, found.why, REFERENCE[key])
+
+
+def _own_kernel(
+    layer: Layer, gpu: GPU, shape: tuple[int, ...], backend: Backend | None
+) -> Kernel | None:
+    """Our Triton kernel (or what `backend` says) where it can run the layer."""
+    if layer.format not in KINDS or (backend is None and not gpu.runs(layer.format)):
+        return None
+    if not layer.static and shape[1] > MAX_ROW:
+        return None  # a token's scale is found by one program
+    chosen = EightBit(layer.format, backend or backends.triton())
+    run = chosen.linear if layer.kind == "linear" else chosen.conv2d
+    name = f"{layer.format} {layer.kind}: {chosen.backend.name}"
+    return Kernel(name, NATIVE if backend is None else EMULATED, "", run, chosen)
 
 
 def _dequantizes(layer: Layer, gpu: GPU, as_stock: bool) -> bool:

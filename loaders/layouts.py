@@ -181,6 +181,12 @@ def unwrap(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
+def channels_last(weight: QuantizedTensor) -> QuantizedTensor:
+    """A convolution's quantized weight with its values in the order that NHWC kernels read."""
+    values = weight._qdata.contiguous(memory_format=torch.channels_last)
+    return QuantizedTensor(values, weight._layout_cls, weight._params)
+
+
 def without_branch(weight: QuantizedTensor) -> QuantizedTensor:
     """The same quantized weight with its low-rank branch taken off."""
     params = dataclasses.replace(weight._params, up=None, down=None)

@@ -23,6 +23,8 @@ class QuantizedOp:
 
     kernel: Kernel | None = None
     rounding: Input | None = None
+    # the calibrated activation scale as a number: layers that share an input share it
+    input_key: float | None = None
     KIND = ""
 
     def _load_from_state_dict(
@@ -60,7 +62,11 @@ class QuantizedOp:
         self.quant_format = layer.comfy_format
         if "input_scale" in tensors:
             self.input_scale = torch.nn.Parameter(tensors["input_scale"], requires_grad=False)
+            self.input_key = tensors["input_scale"].item()
         self.kernel = self.CHOOSE(layer, self.expected_shape())
+        if self.kernel.eight_bit is not None and weight._qdata.ndim == 4:
+            weight = layouts.channels_last(weight)
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
         bias = prefix + "bias"
         if self.bias is not None and bias in state_dict:
             value = state_dict.pop(bias).to(self.COMPUTE_DTYPE)
@@ -125,6 +131,35 @@ class QuantizedOp:
             or input.requires_grad
         )
 
+    def fusable(self) -> bool:
+        """Whether what comes before this layer may quantize its input: nothing here needs it whole."""
+        if self.kernel is None or self.kernel.eight_bit is None:
+            return False
+        if self.weight_function or self.bias_function:
+            return False
+        params = self.weight._params
+        return (
+            params.up is None
+            and params.svd_up is None
+            and not getattr(self, "comfy_force_cast_weights", False)
+        )
+
+    def cast(self, device: torch.device, dtype: torch.dtype):
+        """The quantized weight and the bias on `device`, and what `uncast` takes besides."""
+        return comfy.ops.cast_bias_weight(
+            self,
+            device=device,
+            dtype=self.weight.dtype,
+            bias_dtype=dtype,
+            offloadable=True,
+            compute_dtype=dtype,
+            want_requant=True,
+        )
+
+    def uncast(self, weight, bias, stream) -> None:
+        """After the last use of what `cast` gave."""
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
     def forward(self, input, *args, **kwargs):
         if not isinstance(self.weight, QuantizedTensor):
             return super().forward(_rounded(input, self.rounding), *args, **kwargs)
@@ -148,9 +183,10 @@ class QuantizedOp:
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return output
 
-    def _input_scale(self, input: torch.Tensor) -> torch.Tensor | None:
+    def input_scale_on(self, device: torch.device) -> torch.Tensor | None:
+        """The calibrated activation scale; None where each token has its own."""
         scale = getattr(self, "input_scale", None)
-        return None if scale is None else scale.to(input.device)
+        return None if scale is None else scale.to(device)
 
 
 def _rounded(x: torch.Tensor, rounding: Input | None) -> torch.Tensor:
@@ -199,7 +235,7 @@ def quantized_ops(
                 x = input
                 if params.pre_quant_scale is not None:
                     x = x * params.pre_quant_scale.to(x.dtype)
-                output = self.kernel.run(x, self._input_scale(input), weight, bias)
+                output = self.kernel.run(x, self.input_scale_on(input.device), weight, bias)
                 if params.svd_up is not None:
                     output = output + _branch(x, params.svd_up, params.svd_down)
                 if params.up is not None:
@@ -218,7 +254,7 @@ def quantized_ops(
             def _run_quantized(self, input, weight, bias):
                 params = weight._params
                 geometry = (self.stride, self.padding, self.dilation)
-                scale = self._input_scale(input)
+                scale = self.input_scale_on(input.device)
                 output = self.kernel.run(input, scale, weight, bias, *geometry)
                 if params.up is not None:
                     down = params.down.to(input.dtype).reshape(-1, *weight.shape[1:])

@@ -15,9 +15,10 @@ import torch
 
 from ..formats import files
 from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
+from ..kernels.backends import Backend
 from ..utils.capability import GPU
 from ..utils.progress import progress
-from . import dispatch, layouts, ops, simulation
+from . import dispatch, fused, layouts, ops, simulation
 from .device import describe
 from .patcher import QuantizedPatcher
 
@@ -52,11 +53,14 @@ def load(
     where: str = "the quantized checkpoint",
     arithmetic: str = dispatch.AUTO,
     takes: bool = False,
+    backend: Backend | None = None,
+    fuse: bool = True,
 ):
     """Checkpoint -> ModelPatcher, through ComfyUI's detection. The checkpoint is not changed.
 
-    arithmetic: see `dispatch.choose`. takes: the checkpoint is given up, its tensors become the
-    MODEL's without a copy. Raises ValueError (rule, value, where, remedy).
+    arithmetic, backend: see `dispatch.choose`. takes: the checkpoint is given up, its tensors become
+    the MODEL's without a copy. fuse: blocks hand 8-bit activations from layer to layer, where their
+    kernels can. Raises ValueError (rule, value, where, remedy).
     """
     checkpoint.validate(where)
     device = comfy.model_management.get_torch_device()
@@ -81,7 +85,7 @@ def load(
         checkpoint.layers,
         checkpoint.inputs,
         lambda layer, shape: dispatch.choose(
-            layer, gpu, as_stock, arithmetic, shape, compute_dtype
+            layer, gpu, as_stock, arithmetic, shape, compute_dtype, backend
         ),
         takes,
     )
@@ -117,6 +121,8 @@ def load(
     # what tells ComfyUI of v-prediction and EDM is no weight of the UNet
     found.markers = {name: t for name, t in checkpoint.tensors.items() if name not in own}
     model.set_attachments(ATTACHMENT, found)
+    if fuse and any(kernel.eight_bit is not None for kernel in kernels(model).values()):
+        fused.fuse(model.model.diffusion_model)
     _log_kernels(model, where, gpu)
     return model
 

@@ -27,15 +27,16 @@ NEEDS = {
     "fp8_e5m2": None,
 }
 FLOAT8 = ("fp8", "fp8_e5m2", "mxfp8", "nvfp4", "w4a8")
-# convolutions have no low-precision kernel yet
-CONV_KERNELS: frozenset[str] = frozenset()
+# our Triton kernels (Linear and convolution): format -> first compute capability
+OURS = {"int8": (8, 0), "fp8": (8, 9), "w4a8": (8, 9)}
 
 
 @dataclass(frozen=True)
 class GPU:
     """What decides. capability: None where it is not an NVIDIA GPU. cuda: of the torch build.
 
-    backends: comfy-kitchen's that are enabled. torch: its version.
+    backends: comfy-kitchen's that are enabled. torch: its version. no_triton: why our Triton kernels
+    do not run here, "" if they do.
     """
 
     device: str
@@ -44,6 +45,12 @@ class GPU:
     cuda: tuple[int, int] | None = None
     backends: frozenset[str] = frozenset()
     torch: tuple[int, int] = (2, 11)
+    no_triton: str = ""
+
+    def runs(self, name: str) -> bool:
+        """Whether our Triton kernels compute layers of this format here."""
+        fits = self.capability is not None and name in OURS and self.capability >= OURS[name]
+        return fits and not self.no_triton
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,27 @@ def support(name: str, kind: str, gpu: GPU) -> Support:
     if gpu.capability is None:
         return Support(EMULATED, f"no low-precision units on {gpu.name}")
     if gpu.capability < needed:
-        return Support(
-            EMULATED,
-            f"{name} needs compute capability {_dotted(needed)}, {gpu.name} has "
-            f"{_dotted(gpu.capability)}",
-        )
-    if kind == "conv2d" and name not in CONV_KERNELS:
-        return Support(EMULATED, f"there is no {name} convolution kernel yet")
+        return Support(EMULATED, _too_old(name, needed, gpu))
+    if gpu.runs(name):
+        return Support(NATIVE)
+    if kind == "conv2d":
+        return Support(EMULATED, _no_convolution(name, gpu))
     return _software(name, gpu)
+
+
+def _too_old(what: str, needed: tuple[int, int], gpu: GPU) -> str:
+    return (
+        f"{what} needs compute capability {_dotted(needed)}, {gpu.name} has "
+        f"{_dotted(gpu.capability)}"
+    )
+
+
+def _no_convolution(name: str, gpu: GPU) -> str:
+    if name not in OURS:
+        return f"there is no {name} convolution kernel"
+    if gpu.capability < OURS[name]:
+        return _too_old(f"an {name} convolution kernel", OURS[name], gpu)
+    return f"the {name} convolution kernel needs Triton: {gpu.no_triton}"
 
 
 def _software(name: str, gpu: GPU) -> Support:

@@ -1,0 +1,76 @@
+"""Whether Triton works on this machine: every kernel once, small, against its reference.
+
+Asked before a model is loaded, so that a missing C compiler or a driver that is too old is a sentence
+in the log and other kernels run, not an error in the middle of a picture.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from . import backends, gemm
+
+KINDS = ("int8", "fp8")
+
+
+@functools.cache
+def why_not(device: torch.device, kind: str) -> str | None:
+    """The reason our Triton kernels of a kind ("int8", "fp8") are not used on a device, or None."""
+    reason = gemm.why_not(kind, device)
+    if reason is not None:
+        return reason
+    try:
+        wrong = differing(device, kind)
+    except Exception as error:  # whatever a compiler, a linker or a driver raises
+        text = " ".join(str(error).split())
+        return f"Triton failed to run a kernel here ({type(error).__name__}: {text[:300]})"
+    if wrong:
+        return f"Triton's {', '.join(wrong)} differ here from the exact reference"
+    return None
+
+
+def differing(device: torch.device, kind: str) -> list[str]:
+    """Names of the kernels whose result is not the reference's on small inputs."""
+    ours, reference = backends.triton(), backends.REFERENCE
+    dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    def eight(*shape: int) -> torch.Tensor:
+        return (normal(*shape) * 20).clamp_(-128, 127).to(dtype)
+
+    x, gain, bias = normal(48, 64).half(), normal(64).half(), normal(64).half()
+    image = normal(2, 64, 6, 6).half().contiguous(memory_format=torch.channels_last)
+    step = torch.tensor(0.02, device=device)
+    columns = torch.rand(64, 1, generator=generator).to(device) * 0.01 if kind == "int8" else step
+    pixels = columns.reshape(-1, 1, 1, 1) if kind == "int8" else step
+    a, b, taps = eight(48, 64), eight(64, 64), eight(64, 64, 3, 3)
+    pictures = eight(2, 64, 6, 6).contiguous(memory_format=torch.channels_last)
+    calls = {
+        "quantize_rows": (x, kind),
+        "layer_norm_quantize": (x, gain, bias, 1e-5, kind, step),
+        "group_norm_quantize": (image, 32, gain, bias, 1e-5, True, kind, step),
+        "geglu_quantize": (x, kind, step),
+        "scaled_mm": (a, b, step, columns, bias, x),
+        "grouped_scaled_mm": (a, (b, b, b), step, (columns,) * 3),
+        "scaled_mm_geglu": (a, b, step, columns, bias),
+        "conv2d": (pictures, taps, step, pixels, bias, (1, 1), (1, 1)),
+    }
+    return [
+        name
+        for name, args in calls.items()
+        if not _agree(getattr(ours, name)(*args), getattr(reference, name)(*args))
+    ]
+
+
+def _agree(found, wanted) -> bool:
+    """Equal but for the last place of 16 bits, or one step of 8 bits, here and there."""
+    if isinstance(found, tuple):
+        return all(_agree(*pair) for pair in zip(found, wanted, strict=True))
+    found, wanted = found.float(), wanted.float()
+    error = (found - wanted).norm() / wanted.norm()
+    return found.shape == wanted.shape and bool(error < 5e-3)

@@ -1,0 +1,69 @@
+"""An 8-bit layer on one of kernels/backends.py: its input is quantized, then multiplied.
+
+`EightBit.linear` and `.conv2d` do both; fused.py, whose producers quantize, calls the product alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import FORMATS
+from ..kernels.backends import Backend
+from ..kernels.producers import DTYPES
+
+# format -> what its activations and products are
+KINDS = {"int8": "int8", "fp8": "fp8", "w4a8": "fp8"}
+NHWC = torch.channels_last
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """format: a key of KINDS. backend: who computes."""
+
+    format: str
+    backend: Backend
+
+    @property
+    def kind(self) -> str:
+        """What activations are quantized to: "int8" or "fp8"."""
+        return KINDS[self.format]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of quantized activations."""
+        return DTYPES[self.kind]
+
+    def operand(self, weight) -> tuple[torch.Tensor, torch.Tensor]:
+        """A quantized weight -> its 8-bit values in the weight's shape and their scale."""
+        if self.format != "w4a8":
+            return weight._qdata, weight._params.scale
+        stored = weight.layout_cls.stored(weight._qdata, weight._params)
+        return FORMATS["w4a8"].to_fp8(stored, weight._params.orig_shape)
+
+    def linear(self, x, input_scale, weight, bias):
+        """x [..., K] float -> [..., N] in x's dtype; a scale for each token where there is none."""
+        backend = self.backend.current()
+        q, scale = backend.quantize_rows(x.reshape(-1, x.shape[-1]), self.kind, input_scale)
+        values, weight_scale = self.operand(weight)
+        out = backend.scaled_mm(q, values, scale, weight_scale, bias, dtype=x.dtype)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def conv2d(self, x, input_scale, weight, bias, stride, padding, dilation):
+        """x [N, C, H, W] float -> [N, K, P, Q] in x's dtype, channels-last."""
+        backend = self.backend.current()
+        pixels = x.contiguous(memory_format=NHWC).permute(0, 2, 3, 1)
+        q, scale = backend.quantize_rows(pixels, self.kind, input_scale)
+        values, weight_scale = self.operand(weight)
+        return backend.conv2d(
+            q.permute(0, 3, 1, 2),
+            values,
+            scale,
+            weight_scale,
+            bias,
+            stride,
+            padding,
+            dilation,
+            dtype=x.dtype,
+        )

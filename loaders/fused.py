@@ -1,0 +1,324 @@
+"""The blocks of a UNet whose layers hand each other 8-bit activations: norms, GEGLU and attention
+quantize what they write, products add biases, time embeddings and residuals.
+
+A block's class is replaced by one of these when its MODEL is loaded. Layer by layer, a call falls
+back to the ordinary way where a layer has a LoRA's branch, a patch on its weight or another kernel;
+transformer blocks as a whole where attention patches touch them. Both ways round at the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import comfy.ops
+import torch
+from comfy.ldm.modules import attention
+from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch.nn import functional as F
+
+from ..kernels.producers import MAX_ROW
+from .ops import QuantizedOp
+
+NHWC = torch.channels_last
+# patches of a transformer block, by their names in `transformer_options["patches"]`
+PATCHES = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
+CONTEXT = "modelopt_context"
+
+
+def fuse(unet: torch.nn.Module) -> int:
+    """Gives the blocks of a loaded UNet their fused classes; how many blocks got one."""
+    count = 0
+    for module in unet.modules():
+        if type(module) is ResBlock and _plain_resblock(module):
+            module.__class__ = FusedResBlock
+        elif type(module) is BasicTransformerBlock and _plain_transformer(module):
+            module.__class__ = FusedTransformerBlock
+        elif type(module) is SpatialTransformer:
+            module.__class__ = FusedSpatialTransformer
+        else:
+            continue
+        count += 1
+    return count
+
+
+def _plain_resblock(block: ResBlock) -> bool:
+    odd = block.updown or block.use_scale_shift_norm or block.exchange_temb_dims or block.skip_t_emb
+    return not odd and isinstance(block.in_layers[2], torch.nn.Conv2d)
+
+
+def _plain_transformer(block: BasicTransformerBlock) -> bool:
+    odd = block.ff_in or block.disable_self_attn or block.switch_temporal_ca_to_sa
+    return not odd and block.is_res and block.attn2 is not None and type(block.ff.net[0]) is GEGLU
+
+
+# ---- layers
+
+
+def _fusable(layer: torch.nn.Module) -> bool:
+    return isinstance(layer, QuantizedOp) and layer.fusable()
+
+
+def _alike(layers: Sequence[torch.nn.Module]) -> bool:
+    """Whether one quantized input serves all layers: what is calibrated on one input has one scale."""
+    if not all(_fusable(layer) for layer in layers):
+        return False
+    first = _input_kind(layers[0])
+    return all(_input_kind(layer) == first for layer in layers)
+
+
+def _input_kind(layer: QuantizedOp) -> tuple:
+    smoothing = layer.weight._params.pre_quant_scale
+    eight_bit = layer.kernel.eight_bit
+    return eight_bit.format, layer.input_key, None if smoothing is None else id(smoothing)
+
+
+def _producer(layer: QuantizedOp, device: torch.device) -> tuple:
+    """Backend, and the arguments `kind`, `scale` and `pre_quant_scale` of its producers."""
+    eight_bit = layer.kernel.eight_bit
+    smoothing = getattr(layer.weight._params, "pre_quant_scale", None)
+    if smoothing is not None:
+        smoothing = smoothing.to(device)
+    return eight_bit.backend.current(), eight_bit.kind, layer.input_scale_on(device), smoothing
+
+
+def _norm_weights(norm: torch.nn.Module, x: torch.Tensor) -> tuple:
+    return comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+
+
+def _layer_norm(norm, x: torch.Tensor, layer: QuantizedOp) -> tuple:
+    """The quantized input of `layer` behind a LayerNorm: values and scale."""
+    backend, *target = _producer(layer, x.device)
+    weight, bias, stream = _norm_weights(norm, x)
+    found = backend.layer_norm_quantize(x, weight, bias, norm.eps, *target)
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return found
+
+
+def _group_norm(norm, x: torch.Tensor, silu: bool, layer: QuantizedOp) -> tuple:
+    """The same behind a GroupNorm, channels-last."""
+    backend, kind, scale, _ = _producer(layer, x.device)
+    weight, bias, stream = _norm_weights(norm, x)
+    found = backend.group_norm_quantize(
+        x, norm.num_groups, weight, bias, norm.eps, silu, kind, scale
+    )
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return found
+
+
+def _product(layer: QuantizedOp, q, scale, dtype, residual=None) -> torch.Tensor:
+    """q [..., K] in 8 bits -> [..., N] in `dtype`, plus a residual of that shape."""
+    eight_bit = layer.kernel.eight_bit
+    weight, bias, stream = layer.cast(q.device, dtype)
+    values, weight_scale = eight_bit.operand(weight)
+    rows = len(values)
+    if residual is not None:
+        residual = residual.reshape(-1, rows)
+    out = eight_bit.backend.current().scaled_mm(
+        q.reshape(-1, q.shape[-1]),
+        values.reshape(rows, -1),
+        scale,
+        weight_scale,
+        bias,
+        residual,
+        dtype,
+    )
+    layer.uncast(weight, bias, stream)
+    return out.reshape(*q.shape[:-1], rows)
+
+
+def _products(layers: Sequence[QuantizedOp], q, scale, dtype) -> Sequence[torch.Tensor]:
+    """One `_product` for each of several layers without a residual, in one launch."""
+    eight_bit = layers[0].kernel.eight_bit
+    casts = [layer.cast(q.device, dtype) for layer in layers]
+    operands = [eight_bit.operand(weight) for weight, _, _ in casts]
+    biases = [bias for _, bias, _ in casts]
+    out = eight_bit.backend.current().grouped_scaled_mm(
+        q.reshape(-1, q.shape[-1]),
+        [values for values, _ in operands],
+        scale,
+        [weight_scale for _, weight_scale in operands],
+        None if biases[0] is None else biases,
+        dtype,
+    )
+    for layer, cast in zip(layers, casts, strict=True):
+        layer.uncast(*cast)
+    return out.reshape(len(layers), *q.shape[:-1], -1).unbind(0)
+
+
+def _linear(layer: torch.nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """x [..., K] float -> layer(x) + residual."""
+    if not _fusable(layer):
+        return layer(x) + residual
+    backend, *target = _producer(layer, x.device)
+    q, scale = backend.quantize_rows(x, *target)
+    return _product(layer, q, scale, x.dtype, residual)
+
+
+def _conv(layer: QuantizedOp, q, scale, dtype, row_bias=None, residual=None) -> torch.Tensor:
+    eight_bit = layer.kernel.eight_bit
+    weight, bias, stream = layer.cast(q.device, dtype)
+    values, weight_scale = eight_bit.operand(weight)
+    out = eight_bit.backend.current().conv2d(
+        q,
+        values,
+        scale,
+        weight_scale,
+        bias,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        row_bias,
+        residual,
+        dtype,
+    )
+    layer.uncast(weight, bias, stream)
+    return out
+
+
+def _several(norm, x: torch.Tensor, layers: Sequence[torch.nn.Module]) -> Sequence[torch.Tensor]:
+    """layer(norm(x)) of each layer."""
+    if getattr(norm, "rounding", None) is None and _alike(layers):
+        q, scale = _layer_norm(norm, x, layers[0])
+        if len(layers) == 1:
+            return [_product(layers[0], q, scale, x.dtype)]
+        return _products(layers, q, scale, x.dtype)
+    normal = norm(x)
+    return [layer(normal) for layer in layers]
+
+
+def _context(layers, context: torch.Tensor, options: dict) -> Sequence[torch.Tensor]:
+    """Keys and values of a context. It is quantized once a UNet call where all blocks' scales agree."""
+    if not _alike(layers) or context.shape[-1] > MAX_ROW:
+        return [layer(context) for layer in layers]
+    if torch.compiler.is_compiling():
+        q, scale = _quantized_context(layers[0], context)
+        return _products(layers, q, scale, context.dtype)
+    key = _input_kind(layers[0])
+    kept = options.get(CONTEXT)
+    if kept is None or kept[0] is not context or kept[1] != key:
+        kept = (context, key, *_quantized_context(layers[0], context))
+        options[CONTEXT] = kept
+    return _products(layers, *kept[2:], context.dtype)
+
+
+def _quantized_context(layer: QuantizedOp, context: torch.Tensor) -> tuple:
+    backend, *target = _producer(layer, context.device)
+    return backend.quantize_rows(context, *target)
+
+
+# ---- blocks
+
+
+class FusedTransformerBlock(BasicTransformerBlock):
+    def forward(self, x, context=None, transformer_options={}):  # noqa: B006  ComfyUI's signature
+        if context is None or self._patched(transformer_options):
+            return super().forward(x, context, transformer_options)
+        one, two = self.attn1, self.attn2
+        q, k, v = _several(self.norm1, x, (one.to_q, one.to_k, one.to_v))
+        x = _linear(one.to_out[0], self._attend(one, q, k, v, transformer_options), x)
+        (q,) = _several(self.norm2, x, (two.to_q,))
+        k, v = _context((two.to_k, two.to_v), context, transformer_options)
+        x = _linear(two.to_out[0], self._attend(two, q, k, v, transformer_options), x)
+        return self._feed_forward(x)
+
+    def _patched(self, options: Mapping) -> bool:
+        patches = options.get("patches", {})
+        if any(patches.get(name) for name in PATCHES):
+            return True
+        block = options.get("block")
+        here = (block, (*block, options.get("block_index", 0)) if block is not None else None)
+        replaced = options.get("patches_replace", {})
+        return any(b in replaced.get(name, {}) for name in ("attn1", "attn2") for b in here)
+
+    def _attend(self, module, q, k, v, options: dict) -> torch.Tensor:
+        return attention.optimized_attention(
+            q,
+            k,
+            v,
+            module.heads,
+            attn_precision=module.attn_precision,
+            transformer_options=options,
+        )
+
+    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, last = self.ff.net[0].proj, self.ff.net[2]
+        if not _fusable(first) or getattr(self.norm3, "rounding", None) is not None:
+            return self.ff(self.norm3(x)) + x
+        q, scale = _layer_norm(self.norm3, x, first)
+        eight_bit = first.kernel.eight_bit
+        weight, bias, stream = first.cast(x.device, x.dtype)
+        values, weight_scale = eight_bit.operand(weight)
+        kind, out_scale = None, None
+        if _fusable(last) and last.weight._params.pre_quant_scale is None:
+            out_scale = last.input_scale_on(x.device)
+            kind = None if out_scale is None else last.kernel.eight_bit.dtype
+        gated = (
+            eight_bit.backend.current()
+            .scaled_mm_geglu(
+                q.reshape(-1, q.shape[-1]),
+                values,
+                scale,
+                weight_scale,
+                bias,
+                x.dtype,
+                kind,
+                out_scale,
+            )
+            .reshape(*x.shape[:-1], -1)
+        )
+        first.uncast(weight, bias, stream)
+        if kind is None:
+            return _linear(last, gated, x)
+        return _product(last, gated, out_scale, x.dtype, x)
+
+
+class FusedResBlock(ResBlock):
+    def _forward(self, x, emb):
+        x = x.contiguous(memory_format=NHWC)
+        first, last = self.in_layers[2], self.out_layers[3]
+        time = self.emb_layers(emb).to(x.dtype)
+        h = self._half(self.in_layers[0], first, x, row_bias=time)
+        return self._half(self.out_layers[0], last, h, residual=self.skip_connection(x))
+
+    def _half(self, norm, conv, x, row_bias=None, residual=None) -> torch.Tensor:
+        """conv(silu(norm(x))) plus a time embedding [N, K] or a residual [N, K, H, W]."""
+        if _fusable(conv):
+            q, scale = _group_norm(norm, x, True, conv)
+            return _conv(conv, q, scale, x.dtype, row_bias, residual)
+        out = conv(F.silu(norm(x)))
+        return out + (row_bias[:, :, None, None] if row_bias is not None else residual)
+
+
+class FusedSpatialTransformer(SpatialTransformer):
+    def forward(self, x, context=None, transformer_options={}):  # noqa: B006  ComfyUI's signature
+        if not isinstance(context, list):
+            context = [context] * len(self.transformer_blocks)
+        transformer_options["activations_shape"] = list(x.shape)
+        n, _, height, width = x.shape
+        x = x.contiguous(memory_format=NHWC)
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # [N, H * W, C], no copy
+        h = self._project_in(x, pixels)
+        for index, block in enumerate(self.transformer_blocks):
+            transformer_options["block_index"] = index
+            h = block(h, context=context[index], transformer_options=transformer_options)
+        h = self._project_out(h, pixels, height, width)
+        return h.reshape(n, height, width, -1).permute(0, 3, 1, 2)
+
+    def _project_in(self, x: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        layer = self.proj_in
+        if _fusable(layer):
+            q, scale = _group_norm(self.norm, x, False, layer)
+            return _product(layer, q.permute(0, 2, 3, 1).flatten(1, 2), scale, x.dtype)
+        normal = self.norm(x)
+        if not self.use_linear:
+            return layer(normal).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+        return layer(normal.permute(0, 2, 3, 1).flatten(1, 2).contiguous())
+
+    def _project_out(self, h, pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """[N, H * W, inner] -> [N, H * W, C], with what came into the transformer added."""
+        layer = self.proj_out
+        if self.use_linear or _fusable(layer):
+            return _linear(layer, h, pixels)
+        image = h.reshape(len(h), height, width, -1).permute(0, 3, 1, 2)
+        return layer(image).permute(0, 2, 3, 1).flatten(1, 2) + pixels
