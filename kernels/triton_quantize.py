@@ -46,7 +46,9 @@ def to_8_bits(v, scale, INT8: tl.constexpr):
         v = tl.clamp(tl.math.div_rn(v, scale), -128.0, 127.0)
         q = ((v + TO_INTEGER) - TO_INTEGER).to(tl.int8)
     else:
-        v = tl.clamp(v * tl.math.div_rn(1.0, scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.clamp(
+            v * tl.math.div_rn(1.0, scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL
+        )
         q = v.to(tl.float8e4nv)
     return q
 
