@@ -9,6 +9,7 @@ from comfyui_modelopt.kernels.activations import quantize_rows, quantize_rows_re
 
 from .comparison import DTYPES, KINDS, SHAPES, assert_exact
 
+pytestmark = pytest.mark.usefixtures("on_device")
 both = pytest.mark.parametrize("run", [quantize_rows, quantize_rows_reference])
 
 

@@ -11,6 +11,7 @@ from comfyui_modelopt.kernels.geglu import geglu_quantize, geglu_quantize_refere
 
 from .comparison import DTYPES, KINDS, SHAPES, assert_exact, assert_one_step
 
+pytestmark = pytest.mark.usefixtures("on_device")
 both = pytest.mark.parametrize("run", [geglu_quantize, geglu_quantize_reference])
 
 

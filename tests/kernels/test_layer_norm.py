@@ -8,6 +8,7 @@ from comfyui_modelopt.kernels.layer_norm import layer_norm_quantize, layer_norm_
 
 from .comparison import DTYPES, KINDS, SHAPES, assert_one_step
 
+pytestmark = pytest.mark.usefixtures("on_device")
 both = pytest.mark.parametrize("run", [layer_norm_quantize, layer_norm_quantize_reference])
 
 
