@@ -27,7 +27,9 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     For float32 activations the arithmetic is comfy-kitchen's `quantize_int8_rowwise`, operation by
     operation, so that results agree bit for bit with stock ComfyUI's.
     """
-    scale = (x.abs().amax(dim=-1, keepdim=True).float() / QMAX).clamp_(min=1e-30)
+    amax = x.abs().amax(dim=-1, keepdim=True).float()
+    # by a tensor: CUDA divides by a number as a product with its reciprocal, a bit off
+    scale = (amax / torch.full_like(amax, QMAX)).clamp_(min=1e-30)
     return (x.float() / scale).round_().clamp_(QMIN, QMAX), scale
 
 
