@@ -52,7 +52,7 @@ def why_not(device: torch.device, kind: str, width: int) -> str | None:
     if width > MAX_ROW:
         return f"a row of at most {MAX_ROW} values fits one program, got {width}"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+        return "Triton is not installed (on Windows: the package triton-windows)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda":

@@ -5,29 +5,13 @@ adds, and rounds to the output's dtype wherever PyTorch's separate operations wo
 a fused layer gives the same numbers as an unfused one. Imported inside functions only.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
+from .triton_quantize import to_8_bits
+
 # programs that share columns of weights run next to each other, this many rows of tiles at a time
 GROUP = tl.constexpr(8)
-# adding and subtracting 1.5 * 2**23 rounds a float32 below 2**22 to the nearest integer, ties to even
-ROUNDER = tl.constexpr(12582912.0)
-
-# Triton's interpreter loses the carry of a mantissa that rounds up; a GPU's conversion does not
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def to_e4m3(x):
-    """float32 within +-448 -> float8e4nv, to nearest, ties to even."""
-    if INTERPRETED:
-        bits = x.to(tl.int32, bitcast=True)
-        normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-        small = (x + 24576.0) - 24576.0  # steps of 2**-9 below 2**-6
-        x = tl.where(tl.abs(x) < 0.015625, small, normal.to(tl.float32, bitcast=True))
-    return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -36,10 +20,6 @@ def rounded(x, DTYPE: tl.constexpr):
     if DTYPE == 0:
         return x.to(tl.float16).to(tl.float32)
     if DTYPE == 1:
-        if INTERPRETED:  # the interpreter cuts the mantissa off
-            bits = x.to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-            x = bits.to(tl.float32, bitcast=True)
         return x.to(tl.bfloat16).to(tl.float32)
     return x
 
@@ -81,14 +61,8 @@ def _dequantized(acc, scale, bias, rows, cols, m, n, PER_CHANNEL: tl.constexpr, 
 @triton.jit
 def _store(y, out, out_scale, at, inside, QUANTIZE: tl.constexpr):
     """y, already rounded to the layer's dtype, to `out`; quantized with the scale if asked for."""
-    if QUANTIZE == 1:
-        q = tl.div_rn(y, tl.zeros_like(y) + tl.load(out_scale))
-        q = tl.minimum(tl.maximum(q, -128.0), 127.0)
-        tl.store(out + at, ((q + ROUNDER) - ROUNDER).to(tl.int8), mask=inside)
-    elif QUANTIZE == 2:
-        q = y * tl.div_rn(1.0, tl.load(out_scale))
-        q = tl.minimum(tl.maximum(q, -448.0), 448.0)
-        tl.store(out + at, to_e4m3(q), mask=inside)
+    if QUANTIZE:
+        tl.store(out + at, to_8_bits(y, tl.load(out_scale), QUANTIZE == 1), mask=inside)
     else:
         tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 

@@ -37,6 +37,15 @@ _load_comfyui()
 _load_pack()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def casts_of_a_gpu():
+    """Where kernels are interpreted, casts round as a GPU's do."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from .interpreter import correct_casts
+
+        correct_casts()
+
+
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     """The ComfyUI folder under test."""
