@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from comfyui_modelopt.formats import FORMATS
-from comfyui_modelopt.formats.checkpoint import Layer
+from comfyui_modelopt.formats.checkpoint import STATIC, Layer
 from comfyui_modelopt.loaders import device, dispatch
 from comfyui_modelopt.utils import capability
 from comfyui_modelopt.utils.capability import EMULATED, GPU, NATIVE, REFUSED, support
@@ -52,6 +54,43 @@ def test_linear_on_every_architecture(card, name):
     assert f"{CARDS[card].name} has {have[0]}.{have[1]}" in found.why
 
 
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_convolutions_on_every_architecture(card, name):
+    gpu = CARDS[card]
+    found = support(name, "conv2d", gpu)
+    if name in ANY:
+        assert found.level == NATIVE
+        return
+    ours = {"int8", "fp8", "w4a8"} & NATIVE_ON[card] - ({"int8"} if card == "Turing" else set())
+    assert found.level == (NATIVE if name in ours else EMULATED)
+    if name in ours:
+        kernel = dispatch.choose(layer(name, "conv2d"), gpu, as_stock=False)
+        assert kernel.name == f"{name} conv2d: Triton" and kernel.eight_bit is not None
+    else:
+        assert "needs compute capability" in found.why or "no " in found.why
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "w4a8"])
+def test_without_triton_the_reason_is_told(name, kind):
+    gpu = dataclasses.replace(CARDS["Ada"], no_triton="Triton failed here (no C compiler)")
+    found = support(name, kind, gpu)
+    kernel = dispatch.choose(layer(name, kind), gpu, as_stock=False)
+    assert kernel.eight_bit is None
+    if kind == "linear":
+        assert found.level == NATIVE and kernel.name.endswith("comfy-kitchen")
+    else:
+        assert found.level == EMULATED and "no C compiler" in found.why == kernel.why
+
+
+def test_a_row_too_wide_for_its_scale_goes_to_comfy_kitchen():
+    wide = Layer("int8", "linear", shape=(64, 15360))
+    assert dispatch.choose(wide, CARDS["Ada"], False).name == "int8 linear: comfy-kitchen"
+    static = dataclasses.replace(wide, activations=STATIC)
+    assert dispatch.choose(static, CARDS["Ada"], False).name == "int8 linear: Triton"
+
+
 @pytest.mark.parametrize("card", [*CARDS, "none"])
 @pytest.mark.parametrize("as_stock", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
@@ -81,7 +120,13 @@ def test_no_gpu_emulates(name):
 @pytest.mark.parametrize(
     ("name", "gpu", "level", "why"),
     [
-        ("int8", GPU("cuda", "RTX 3090", (8, 6), (12, 8)), NATIVE, "CUDA 13 build"),
+        (
+            "int8",
+            GPU("cuda", "RTX 3090", (8, 6), (12, 8), no_triton="Triton is not installed"),
+            NATIVE,
+            "CUDA 13 build",
+        ),
+        ("int8", GPU("cuda", "RTX 2080", (7, 5), (12, 8)), NATIVE, "CUDA 13 build"),
         (
             "nvfp4",
             GPU("cuda", "RTX 5090", (12, 0), (12, 6)),
