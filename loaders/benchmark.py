@@ -139,7 +139,7 @@ def _measure(makers, inputs, repeats: int, together: bool, step) -> tuple[list[R
                 if label != COMPILED:  # torch.compile needs a C compiler or Triton, not everywhere
                     raise
                 log.warning("ModelOpt: the compiled comparison failed", exc_info=True)
-                rows[label] = Row(label, why_not=speed_report.first_line(error))
+                rows[label] = Row(label, why_not=speed_report.in_one_line(error))
                 continue
             ready[label] = runner
             where = runner.model.load_device
@@ -172,6 +172,7 @@ def _first_call(label: str, runner: Runner, step) -> Row:
     row = Row(label, first_seconds=time.perf_counter() - started)
     step()
     row.weight_bytes = info.weight_bytes(runner.model)
+    row.held = _held(runner.model)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
         before = torch.cuda.memory_allocated(where)
@@ -179,6 +180,17 @@ def _first_call(label: str, runner: Runner, step) -> Row:
         timing.synchronize(where)
         row.call_bytes = torch.cuda.max_memory_allocated(where) - before
     return row
+
+
+def _held(model) -> str:
+    """The dtype of most unquantized weights."""
+    plain = (
+        p for p in model.model.diffusion_model.parameters() if not isinstance(p, QuantizedTensor)
+    )
+    found = Counter()
+    for parameter in plain:
+        found[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return found.most_common(1)[0][0] if found else ""
 
 
 def _facts(runner: Runner, where: torch.device) -> dict:

@@ -12,6 +12,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from . import unet
 
 SIXTEEN = (torch.float16, torch.bfloat16)
+BACKEND = "inductor"
 
 
 def is_quantized(model) -> bool:
@@ -67,5 +68,5 @@ def twin(model):
 def compiled(model):
     """A clone of a MODEL with stock TorchCompileModel's wrapper (Inductor)."""
     clone = model.clone()
-    set_torch_compile_wrapper(model=clone, backend="inductor")
+    set_torch_compile_wrapper(model=clone, backend=BACKEND)
     return clone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -38,11 +39,20 @@ def by_kind(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
+def longest(entries: Iterable[tuple[str, float]], count: int = 8) -> list[tuple[str, float]]:
+    """The names with the most milliseconds, summed over their calls."""
+    totals: Counter = Counter()
+    for name, ms in entries:
+        totals[name] += ms
+    return totals.most_common(count)
+
+
 def profile(call: Callable[[], object], device: torch.device) -> dict:
     """One call under torch.profiler.
 
     On a GPU: `kernels` (on the device), `launches` (by the host; a CUDA graph is one), `kernel_ms`
     and `split_ms` by kind. On a CPU there are no kernels: `split_ms` is operators' own time.
+    `longest`: name and milliseconds of the kernels (operators) that take most, which proves what ran.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = device.type == "cuda"
@@ -55,7 +65,8 @@ def profile(call: Callable[[], object], device: torch.device) -> dict:
             torch.cuda.synchronize(device)
     if not on_gpu:
         own = [(e.key, e.self_cpu_time_total / 1e3) for e in profiler.key_averages()]
-        return {"split_ms": by_kind((name, ms) for name, ms in own if ms > 0)}
+        own = [(name, ms) for name, ms in own if ms > 0]
+        return {"split_ms": by_kind(own), "longest": longest(own)}
     on_device, launches = [], 0
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -68,4 +79,5 @@ def profile(call: Callable[[], object], device: torch.device) -> dict:
         "launches": launches,
         "kernel_ms": sum(ms for _, ms in on_device),
         "split_ms": by_kind(on_device),
+        "longest": longest(on_device),
     }

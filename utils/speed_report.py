@@ -11,25 +11,27 @@ from .timing import Timing
 
 # below this share of a call the GPU waits for the host more than a sixth of the time
 BUSY = 0.85
+ERROR = 240
 
 
 @dataclass
 class Row:
     """One contender. call_bytes: what a call takes beside the weights, None where not measured.
-    why_not: why there is no timing."""
+    held: dtype of most unquantized weights. why_not: why there is no timing."""
 
     label: str
     timing: Timing | None = None
     first_seconds: float = 0.0
     weight_bytes: int = 0
     call_bytes: int | None = None
+    held: str = ""
     why_not: str = ""
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line: its kind and the first line of its message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and message without line breaks, cut to ERROR characters."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return said if len(said) <= ERROR else f"{said[:ERROR]}…"
 
 
 def kernel_line(kernel) -> str:
@@ -43,6 +45,8 @@ def row_line(row: Row) -> str:
         return f"{row.label}: not measured ({row.why_not})"
     t = row.timing
     memory = f"weights {megabytes(row.weight_bytes)} in memory"
+    if row.held == "float32":
+        memory += ", those that are not quantized in 32 bits"
     if row.call_bytes is not None:
         memory += f", {megabytes(row.call_bytes)} more during a call"
     return (

@@ -77,7 +77,7 @@ def call_of(model, setting: Setting, unet: Callable | None = None, graphs: bool 
     management.load_models_gpu([model])
     inputs = unet_inputs.make(model, setting.pixels, setting.pixels, setting.batch // 2)
     args, kwargs = unet_inputs.direct(model, inputs.to(device))
-    unet = unet or model.model.diffusion_model
+    unet = model.model.diffusion_model if unet is None else unet
 
     def call() -> torch.Tensor:
         if graphs:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from ...utils import timing
-from ...utils.speed_report import first_line
+from ...utils.speed_report import in_one_line
 from .candidates import CANDIDATES, FLOAT, QUANTIZED, SIXTEEN, Candidate
 from .problem import PER_TOKEN, Problem
 from .settings import Plan
@@ -39,7 +39,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, plan: Plan) 
             row |= errors(call(), problem, candidate)
             timing.synchronize(device)
         except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-            row["why_not"] = first_line(error)
+            row["why_not"] = in_one_line(error)
             continue
         if candidate.ran is not None:
             row["ran"] = candidate.ran(problem)

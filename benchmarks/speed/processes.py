@@ -8,9 +8,11 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+COMMAND = (sys.executable, str(ROOT / "dev.py"), "bench", "--worker")
 
 
 class Failed(Exception):
@@ -19,17 +21,20 @@ class Failed(Exception):
 
 class Worker:
     """One process of `worker.main`; each has a compile cache of its own, so that the first call of
-    a compiled arm really compiles."""
+    a compiled arm really compiles. `command` goes before the spec: dev.py's, but in tests."""
 
-    def __init__(self, spec: dict, folder: Path, log: Path):
+    def __init__(self, spec: dict, folder: Path, log: Path, command: Sequence[str] = COMMAND):
         cache = folder / "cache" / log.stem
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
         env |= {"TRITON_CACHE_DIR": str(cache / "triton"), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, str(ROOT / "dev.py"), "bench", "--worker", json.dumps(spec)]
         self.log = log
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env
+                [*command, json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=env,
             )
         self.answers: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -58,10 +63,14 @@ class Worker:
             raise Failed(self._died())
         return json.loads(line)
 
+    def said(self, lines: int) -> str:
+        """The end of what the worker wrote to standard error."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join([x for x in text.splitlines() if x.strip()][-lines:])
+
     def _died(self) -> str:
         status = self.process.wait(timeout=60)
-        said = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
-        return f"its process ended with status {status}" + (f": {said[-1].strip()}" if said else "")
+        return f"its process ended with status {status}: {self.said(1).strip()}"
 
     def close(self) -> None:
         """Ends the process and all its memory."""

@@ -195,7 +195,8 @@ def _family(name: str, family: dict, where: dict) -> list[str]:
         f"## {name} ({s['size']}), {pixels} x {pixels} pixels, batch {s['batch']}",
         "",
         f"GFLOP a UNet call: {work}. {plan['warm_up']} warm-up calls, then {plan['rounds']} rounds of "
-        f"{plan['repeats']}, arms taking turns in shuffled order, each in a process of its own.",
+        f"{plan['repeats']}, arms taking turns in shuffled order, each in a process of its own. Where not all fit into memory "
+        "at once, eager fp16 is measured again with each group: ratios to it are of the same turns.",
         "",
         "### Whole UNet",
         "",

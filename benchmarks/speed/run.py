@@ -20,6 +20,8 @@ from .settings import Plan, Setting
 MOST_ON_CPU = 4
 # an arm may need this much more than the one before it, with what it takes while it compiles
 ROOM = 2.0
+# of a worker that failed, on the terminal
+LOG_LINES = 12
 
 
 class Run:
@@ -138,6 +140,8 @@ class Arms:
                 raise
         except Failed as error:
             return {"error": str(error)}
+        if "error" in message:
+            self.run.say(worker.said(LOG_LINES))
         if "error" in message or "why_not" in message:
             worker.close()
         else:

@@ -15,7 +15,7 @@ import torch
 
 from ...quantize.quality import sqnr_db
 from ...utils import kernel_split, timing
-from ...utils.speed_report import first_line
+from ...utils.speed_report import in_one_line
 from . import arms, layers, making, shapes
 from .settings import Setting
 
@@ -40,7 +40,7 @@ def main(spec: dict) -> int:
             import traceback
 
             traceback.print_exc()
-            message = {"error": first_line(error)}
+            message = {"error": in_one_line(error)}
         pipe.write(json.dumps(message) + "\n")
 
     with contextlib.suppress(BrokenPipeError):
@@ -101,6 +101,8 @@ def first_calls(built: arms.Built, arm: arms.Arm, setting: Setting, folder: Path
         torch.save(output, folder / REFERENCE)
     elif (folder / REFERENCE).is_file() and found["finite"]:
         found["sqnr_db"] = sqnr_db(torch.load(folder / REFERENCE), output)
+    if getattr(built.model.model, "model_lowvram", False):
+        raise RuntimeError("the weights do not fit beside the other arms: ComfyUI streams them")
     found["weight_bytes"] = arms.weight_bytes(built)
     found["dtype"] = str(built.model.model.get_dtype_inference()).removeprefix("torch.")
     timing.time_calls(built.call, setting.plan.warm_up, device)
