@@ -74,6 +74,7 @@ def test_an_ordinary_model_gives_its_own_numbers(sdxl):
     assert "Linear with" in text and "convolution with" in text
 
 
+@pytest.mark.slow
 def test_compiled_is_compared_when_asked_for(model, monkeypatch):
     monkeypatch.setattr(dense, "BACKEND", "eager")  # traced as ever, nothing generated
     text = execute(model, compare_eager=False, compare_compiled=True)
@@ -175,7 +176,7 @@ def test_inputs_are_scaled_as_a_samplers(family):
     assert inputs.x.shape == (4, 4, 8, 16)
     args, kwargs = unet_inputs.direct(model, inputs)
     assert 0.5 < args[0].std() < 2  # what the UNet sees has about unit variance
-    assert 0 < args[1].min() and args[1].max() < 999
+    assert args[1].min() > 0 and args[1].max() < 999
     assert ("y" in kwargs) == (family in ("sdxl", "refiner"))
     assert kwargs["context"].abs().amax() > 10  # as the start token's outliers
     again = unet_inputs.make(model, 128, 64, 2)
