@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -15,8 +15,26 @@ from .settings import Plan
 from .shapes import Shape
 
 
-def measure(shape: Shape, device: torch.device, dtype: torch.dtype, plan: Plan) -> list[dict]:
-    """One row a candidate, in the order of CANDIDATES: `ms`, `tflops`, errors; or `why_not`."""
+class ContextLost(Exception):
+    """A candidate left the GPU in an error that only a new process gets rid of."""
+
+    def __init__(self, candidate: str, error: str):
+        super().__init__(f"{candidate} lost the GPU: {error}")
+        self.candidate, self.error = candidate, error
+
+
+def measure(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: Plan,
+    failed: Mapping[str, str] | None = None,
+) -> list[dict]:
+    """One row a candidate, in the order of CANDIDATES: times, `tflops`, errors against the exact
+    result; or `why_not`; or the `error` it raised.
+
+    failed: candidates that lost the GPU before, and their errors. Raises ContextLost for a new one.
+    """
     problem = Problem(shape, device, dtype)
     rows: dict[Candidate, dict] = {}
     calls = {}
@@ -30,6 +48,9 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, plan: Plan) 
             "takes": candidate.takes,
             "gives": candidate.gives,
         }
+        if failed and candidate.name in failed:
+            row["error"] = failed[candidate.name]
+            continue
         reason = candidate.why_not(problem)
         if reason is not None:
             row["why_not"] = reason
@@ -39,7 +60,9 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, plan: Plan) 
             row |= errors(call(), problem, candidate)
             timing.synchronize(device)
         except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-            row["why_not"] = in_one_line(error)
+            row["error"] = in_one_line(error)
+            if not _alive(device):
+                raise ContextLost(candidate.name, row["error"]) from error
             continue
         if candidate.ran is not None:
             row["ran"] = candidate.ran(problem)
@@ -49,6 +72,14 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, plan: Plan) 
         row = rows[names[name]]
         row |= found.as_dict() | {"tflops": shape.flop / found.median / 1e9}
     return [rows[candidate] for candidate in rows]
+
+
+def _alive(device: torch.device) -> bool:
+    """Whether the device still computes: a wild write on a GPU ends everything after it."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False
 
 
 def _times(names: dict[str, Candidate], calls: dict, device, plan: Plan):

@@ -71,26 +71,56 @@ class Run:
         self.write()
 
     def _layers(self, entry: dict, setting: Setting, counts: dict, folder: Path) -> None:
-        worker = None
-        spec = {"setting": setting.as_dict(), "folder": str(folder), "layers": True}
-        try:
+        with LayerWorker(setting, folder) as worker:
             for number, (shape, count) in enumerate(counts.items(), start=1):
                 facts = {"key": shape.key, "shape": shapes.as_dict(shape)}
                 facts |= {"layers": count.layers, "quantized": count.quantized, "rows": []}
+                facts |= worker.measure(facts["shape"])
                 entry["layers"].append(facts)
-                try:
-                    worker = worker or Worker(spec, folder, folder / "layers.log")
-                    worker.ask(shapes.as_dict(shape))
-                    message = worker.answer(setting.plan.limit)
-                except Failed as error:
-                    message, worker = {"error": str(error)}, None
-                facts |= message
                 entry["choices"] = layers.choices(entry["layers"])
                 self.say(f"{setting.family} layer {number}/{len(counts)}: {shape.key}")
                 self.write()
-        finally:
-            if worker is not None:
-                worker.close()
+
+
+class LayerWorker:
+    """The process that measures layers, started anew after a failure."""
+
+    def __init__(self, setting: Setting, folder: Path):
+        self.setting, self.folder = setting, folder
+        self.worker: Worker | None = None
+
+    def __enter__(self) -> LayerWorker:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+        self.worker = None
+
+    def measure(self, shape: dict) -> dict:
+        """`rows`, or `error` for the whole shape; a candidate that loses the GPU fails alone."""
+        failed: dict[str, str] = {}
+        while True:
+            try:
+                message = self._ask({"shape": shape, "failed": failed})
+            except Failed as error:
+                message = {"error": str(error)}
+            if "error" not in message:
+                return message
+            self._end()
+            if "lost" not in message or message["lost"] in failed:
+                return message
+            failed[message["lost"]] = message["error"]
+
+    def _ask(self, message: dict) -> dict:
+        if self.worker is None:
+            spec = {"setting": self.setting.as_dict(), "folder": str(self.folder), "layers": True}
+            self.worker = Worker(spec, self.folder, self.folder / "layers.log")
+        self.worker.ask(message)
+        return self.worker.answer(self.setting.plan.limit)
 
 
 class Arms:
@@ -135,7 +165,7 @@ class Arms:
             worker = self._start({"arm": arm.name}, arm.name)
             try:
                 message = worker.answer(self.plan.limit)
-            except Failed:
+            except BaseException:  # Ctrl-C and SIGTERM too: nothing of ours goes on running
                 worker.close()
                 raise
         except Failed as error:

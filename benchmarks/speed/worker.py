@@ -48,8 +48,8 @@ def main(spec: dict) -> int:
             answer(lambda: _make(spec, setting, folder))
         elif "layers" in spec:
             for line in sys.stdin:
-                shape = shapes.of_dict(json.loads(line))
-                answer(lambda shape=shape: {"rows": _layer(shape, device, setting)})
+                asked = json.loads(line)
+                answer(lambda asked=asked: _layer(asked, device, setting))
         else:
             _serve_arm(spec["arm"], setting, folder, device, answer)
     return 0
@@ -64,9 +64,13 @@ def _make(spec: dict, setting: Setting, folder: Path) -> dict:
     return {"seconds": time.monotonic() - started}
 
 
-def _layer(shape, device: torch.device, setting: Setting) -> list[dict]:
+def _layer(asked: dict, device: torch.device, setting: Setting) -> dict:
+    shape = shapes.of_dict(asked["shape"])
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return layers.measure(shape, device, dtype, setting.plan)
+    try:
+        return {"rows": layers.measure(shape, device, dtype, setting.plan, asked["failed"])}
+    except layers.ContextLost as lost:
+        return {"lost": lost.candidate, "error": lost.error}
 
 
 def _serve_arm(name: str, setting: Setting, folder: Path, device: torch.device, answer) -> None:
