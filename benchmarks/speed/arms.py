@@ -16,8 +16,8 @@ import comfy.sd
 import torch
 
 from ...loaders import benchmark as node
-from ...loaders import info, unet_inputs
 from ...loaders import unet as loader
+from ...loaders import unet_inputs
 from ...quantize.layers import LINEAR_AND_CONV, LINEAR_ONLY, select
 from .settings import Setting
 
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 CONV, LINEAR = LINEAR_AND_CONV, LINEAR_ONLY
 SUFFIX = {LINEAR: "linear", CONV: "all"}
 # torch.compile's modes on a GPU; elsewhere the default one, as there is nothing to tune or capture
-NO_GRAPHS, GRAPHS = "max-autotune-no-cudagraphs", "reduce-overhead"
+NO_GRAPHS, GRAPHS, BOTH = "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"
+COMPILED_16 = ("compiled", "compiled-graphs", "compiled-tuned-graphs")
 
 
 class NotMeasured(Exception):
@@ -59,7 +60,7 @@ class Arm:
     @property
     def sixteen_bits(self) -> bool:
         """Whether it is one of those that the others are compared with."""
-        return self.name in ("eager", "channels-last", "compiled", "compiled-graphs")
+        return self.name in ("eager", "channels-last", *COMPILED_16)
 
 
 def file_of(folder: Path, needs: tuple[str, str] | None) -> Path:
@@ -93,7 +94,7 @@ def compiled(model, setting: Setting, mode: str | None) -> Callable:
         return call_of(model, setting)
     on_gpu = model.load_device.type == "cuda"
     unet = torch.compile(model.model.diffusion_model, mode=mode if on_gpu else None, dynamic=False)
-    return call_of(model, setting, unet, graphs=mode == GRAPHS)
+    return call_of(model, setting, unet, graphs=mode in (GRAPHS, BOTH))
 
 
 def no_gpu(device: torch.device) -> str | None:
@@ -252,6 +253,13 @@ ARMS = (
         limit="fp16, compiled",
         why_not=no_gpu,
     ),
+    Arm(
+        "compiled-tuned-graphs",
+        "fp16, compiled, tuned, CUDA graphs",
+        partial(_sixteen, BOTH),
+        limit="fp16, compiled",
+        why_not=no_gpu,
+    ),
     Arm("comfyui-fp8-fast", "ComfyUI fp8_e4m3fn_fast", _comfyui_fp8_fast, why_not=no_fp8),
     Arm("comfy-kitchen-int8", "comfy-kitchen int8 Linear", _kitchen_int8, ("int8", LINEAR)),
     Arm("mtq-compress-fp8", "mtq.compress FP8 Linear", _mtq_compress),
@@ -292,5 +300,11 @@ def chosen(names: list[str] | None) -> tuple[Arm, ...]:
 
 
 def weight_bytes(built: Built) -> int:
-    """Bytes of the UNet's weights as held."""
-    return info.weight_bytes(built.model)
+    """Bytes of the UNet's weights as held; of tensor classes of others, those of what they wrap."""
+
+    def stored(tensor: torch.Tensor) -> int:
+        if not hasattr(tensor, "__tensor_flatten__"):
+            return tensor.nbytes
+        return sum(stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+    return sum(stored(t) for t in built.model.model.diffusion_model.state_dict().values())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import comfy.model_management as management
 import torch
+import torch._dynamo.utils
 
 from ...quantize.quality import sqnr_db
 from ...utils import kernel_split, timing
@@ -99,6 +100,9 @@ def first_calls(built: arms.Built, arm: arms.Arm, setting: Setting, folder: Path
     output = built.call()
     timing.synchronize(device)
     found: dict = {**built.facts, "first_call_s": time.perf_counter() - started}
+    counters = torch._dynamo.utils.counters
+    found["graphs"] = counters["stats"]["unique_graphs"]
+    found["graph_breaks"] = sum(counters["graph_break"].values())
     output = output.float().cpu()
     found["finite"] = bool(torch.isfinite(output).all())
     if arm.name == "eager":
