@@ -9,7 +9,7 @@ import torch
 
 from ...utils import timing
 from ...utils.speed_report import in_one_line
-from .candidates import CANDIDATES, FLOAT, QUANTIZED, SIXTEEN, Candidate
+from .candidates import CANDIDATES, SIXTEEN, Candidate
 from .problem import PER_TOKEN, Problem
 from .settings import Plan
 from .shapes import Shape
@@ -119,7 +119,8 @@ WRONG = 0.01
 
 
 def choices(layers: Iterable[dict]) -> list[dict]:
-    """The choice table: for each shape, format and form of the input the fastest candidate.
+    """The choice table: the fastest candidate for each shape, format, way to quantize activations
+    and form of the input, which together say what a layer computes.
 
     layers: entries with `shape`, `key` and `rows`. Of a row that is not measured, wrong or a bare
     product nothing is chosen. `faster_than_16_bits`: None where 16 bits were not measured.
@@ -129,27 +130,29 @@ def choices(layers: Iterable[dict]) -> list[dict]:
         usable = [row for row in layer["rows"] if _usable(row)]
         sixteen = [row["median_ms"] for row in usable if row["format"] == SIXTEEN]
         best_16 = min(sixteen, default=None)
-        wanted = [(form, takes) for form in ("int8", "fp8") for takes in (FLOAT, QUANTIZED)]
-        for form, takes in [(SIXTEEN, FLOAT), *wanted]:
-            rows = [row for row in usable if (row["format"], row["takes"]) == (form, takes)]
-            if not rows:
-                continue
+        for same in dict.fromkeys(map(_computes, usable)):
+            rows = (row for row in usable if _computes(row) == same)
             best = min(rows, key=lambda row: row["median_ms"])
+            form, activations, takes = same
             faster = None if best_16 is None else best["median_ms"] < best_16
             table.append(
                 {
                     "key": layer["key"],
                     "shape": layer["shape"],
                     "format": form,
+                    "activations": activations,
                     "takes": takes,
                     "fastest": best["candidate"],
-                    "activations": best["activations"],
                     "ms": best["median_ms"],
                     "ms_16_bits": best_16,
                     "faster_than_16_bits": None if form == SIXTEEN else faster,
                 }
             )
     return table
+
+
+def _computes(row: dict) -> tuple[str, str, str]:
+    return row["format"], row["activations"], row["takes"]
 
 
 def _usable(row: dict) -> bool:

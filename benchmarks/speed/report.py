@@ -150,7 +150,8 @@ def choices_table(choices: list[dict]) -> str:
     lines = [
         [
             choice["key"],
-            choice["format"] + (f", {QUANTIZED}" if choice["takes"] == "quantized" else ""),
+            f"{choice['format']}, {choice['activations']}"
+            + (f", {QUANTIZED}" if choice["takes"] == "quantized" else ""),
             choice["fastest"],
             f"{choice['ms']:.3f}",
             _ratio(choice["ms_16_bits"] and choice["ms_16_bits"] / choice["ms"]),
@@ -159,7 +160,7 @@ def choices_table(choices: list[dict]) -> str:
         for choice in choices
         if choice["format"] != SIXTEEN
     ]
-    return table(["shape", "format", "fastest", "ms", "over 16 bits", "faster"], lines)
+    return table(["shape", "format, activations", "fastest", "ms", "over 16 bits", "faster"], lines)
 
 
 def machine_lines(where: dict) -> list[str]:

@@ -236,17 +236,23 @@ def test_the_fastest_right_candidate_is_chosen():
                 made_row("wrong", "int8", 0.1, rms_error=0.5),
                 made_row("sums", "int8", 0.1, gives="int32"),
                 made_row("after a producer", "int8", 0.3, takes="quantized"),
-                made_row("eight", "fp8", 1.5),
+                made_row("eight", "fp8", 1.5, activations=STATIC),
+                made_row("tokens", "fp8", 0.9, activations=PER_TOKEN),
                 {"candidate": "none", "format": "fp8", "takes": "float", "why_not": "no"},
             )
         ]
     )
-    found = {(c["format"], c["takes"]): (c["fastest"], c["faster_than_16_bits"]) for c in table}
+    what = ("format", "activations", "takes")
+    found = {tuple(c[w] for w in what): (c["fastest"], c["faster_than_16_bits"]) for c in table}
     assert found == {
-        (SIXTEEN, "float"): ("f", None),
-        ("int8", "float"): ("fast", True),
-        ("int8", "quantized"): ("after a producer", True),
-        ("fp8", "float"): ("eight", False),  # a loss stays in the table
+        (SIXTEEN, "", "float"): ("f", None),
+        ("int8", "", "float"): ("fast", True),
+        ("int8", "", "quantized"): ("after a producer", True),
+        ("fp8", STATIC, "float"): ("eight", False),  # a loss stays in the table
+        ("fp8", PER_TOKEN, "float"): (
+            "tokens",
+            True,
+        ),  # not what a layer with a static scale computes
     }
     assert all(c["key"] == "linear 6x32x64" and c["shape"]["kind"] == "linear" for c in table)
     assert table[1]["ms"] == 0.5 and table[1]["ms_16_bits"] == 1.0
