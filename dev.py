@@ -86,6 +86,27 @@ def cmd_import(env: Environment, args: argparse.Namespace, extra: list[str]) -> 
     return run(command, env, cwd=Path.cwd())
 
 
+def cmd_bench(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    command: list[str | Path] = [env.python, "-u", ROOT / "dev.py", "bench", "--in-venv"]
+    command += ["--quick"] if args.quick else []
+    for name in ("family", "arms", "only", "out"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", getattr(args, name)]
+    return run(command, env, cwd=Path.cwd())
+
+
+def bench_in_venv(args: argparse.Namespace) -> int:
+    from devtools import inprocess
+
+    inprocess.load()
+    from comfyui_modelopt.benchmarks.speed.main import main as bench
+
+    try:
+        return bench(args)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="dev.py",
@@ -130,6 +151,22 @@ def parser() -> argparse.ArgumentParser:
                          "(default: its name, here; never overwrites)")  # fmt: skip
     foreign.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
 
+    bench = command(
+        "bench",
+        cmd_bench,
+        "measure the speed of whole UNets and of every layer shape, against the other ways to run "
+        "them",
+        "Writes benchmarks/results/speed_….json and .md. Uses the GPU where there is one; no network.",
+    )
+    bench.add_argument("--quick", action="store_true", help="small models: minutes, also on a CPU")
+    bench.add_argument("--family", default="all", choices=["sdxl", "sd15", "all"])
+    bench.add_argument("--arms", metavar="A,B", help="whole UNets only in these ways (and eager), as "
+                       "named in benchmarks/speed/arms.py (default: all)")  # fmt: skip
+    bench.add_argument("--only", choices=["layers", "unet"], help="one half of it")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results")
+    bench.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
+    bench.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
+
     command("test", cmd_test, "run the test suite", "Further arguments go to pytest.")
     command("check", cmd_check, "ruff, then the fast tests", "Further arguments go to pytest.")
     command(
@@ -155,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        if args.command == "bench" and (args.in_venv or args.worker):
+            return bench_in_venv(args)
         if args.command == "demo":
             from devtools import demo
 

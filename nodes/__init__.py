@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .benchmark import Benchmark
 from .calibration_prompts import CalibrationPrompts
 from .export_checkpoint import ExportCheckpoint
 from .gpu_info import GPUInfo
@@ -27,6 +28,7 @@ NODES: list[type[io.ComfyNode]] = [
     ImportCheckpoint,
     ExportCheckpoint,
     ModelInfo,
+    Benchmark,
     GPUInfo,
 ]
 
