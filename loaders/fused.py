@@ -17,7 +17,6 @@ from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTra
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.nn import functional as F
 
-from ..kernels.producers import MAX_ROW
 from .ops import QuantizedOp
 
 NHWC = torch.channels_last
@@ -34,6 +33,7 @@ def fuse(unet: torch.nn.Module) -> int:
             module.__class__ = FusedResBlock
         elif type(module) is BasicTransformerBlock and _plain_transformer(module):
             module.__class__ = FusedTransformerBlock
+            module.find_groups()
         elif type(module) is SpatialTransformer:
             module.__class__ = FusedSpatialTransformer
         else:
@@ -59,18 +59,22 @@ def _fusable(layer: torch.nn.Module) -> bool:
     return isinstance(layer, QuantizedOp) and layer.fusable()
 
 
-def _alike(layers: Sequence[torch.nn.Module]) -> bool:
-    """Whether one quantized input serves all layers: what is calibrated on one input has one scale."""
-    if not all(_fusable(layer) for layer in layers):
-        return False
-    first = _input_kind(layers[0])
-    return all(_input_kind(layer) == first for layer in layers)
+def _group(layers: Sequence[torch.nn.Module]) -> tuple | None:
+    """What one quantized input of several layers is made with, or None where each needs its own.
 
-
-def _input_kind(layer: QuantizedOp) -> tuple:
-    smoothing = layer.weight._params.pre_quant_scale
-    eight_bit = layer.kernel.eight_bit
-    return eight_bit.format, layer.input_key, None if smoothing is None else id(smoothing)
+    Layers that were calibrated on the same input have the same scale.
+    """
+    quantized = [layer for layer in layers if isinstance(layer, QuantizedOp)]
+    if len(quantized) < len(layers) or any(layer.kernel is None for layer in quantized):
+        return None
+    if any(layer.kernel.eight_bit is None for layer in quantized):
+        return None
+    if len(layers) > 1 and any(
+        layer.weight._params.pre_quant_scale is not None for layer in layers
+    ):
+        return None
+    found = {(layer.kernel.eight_bit.format, layer.input_key) for layer in quantized}
+    return found.pop() if len(found) == 1 else None
 
 
 def _producer(layer: QuantizedOp, device: torch.device) -> tuple:
@@ -176,9 +180,11 @@ def _conv(layer: QuantizedOp, q, scale, dtype, row_bias=None, residual=None) -> 
     return out
 
 
-def _several(norm, x: torch.Tensor, layers: Sequence[torch.nn.Module]) -> Sequence[torch.Tensor]:
+def _several(
+    norm, x: torch.Tensor, layers: Sequence[torch.nn.Module], group: tuple | None
+) -> Sequence[torch.Tensor]:
     """layer(norm(x)) of each layer."""
-    if getattr(norm, "rounding", None) is None and _alike(layers):
+    if group is not None and all(_fusable(layer) for layer in layers):
         q, scale = _layer_norm(norm, x, layers[0])
         if len(layers) == 1:
             return [_product(layers[0], q, scale, x.dtype)]
@@ -187,17 +193,18 @@ def _several(norm, x: torch.Tensor, layers: Sequence[torch.nn.Module]) -> Sequen
     return [layer(normal) for layer in layers]
 
 
-def _context(layers, context: torch.Tensor, options: dict) -> Sequence[torch.Tensor]:
+def _context(
+    layers, context: torch.Tensor, group: tuple | None, options: dict
+) -> Sequence[torch.Tensor]:
     """Keys and values of a context. It is quantized once a UNet call where all blocks' scales agree."""
-    if not _alike(layers) or context.shape[-1] > MAX_ROW:
+    if group is None or not all(_fusable(layer) for layer in layers):
         return [layer(context) for layer in layers]
     if torch.compiler.is_compiling():
         q, scale = _quantized_context(layers[0], context)
         return _products(layers, q, scale, context.dtype)
-    key = _input_kind(layers[0])
     kept = options.get(CONTEXT)
-    if kept is None or kept[0] is not context or kept[1] != key:
-        kept = (context, key, *_quantized_context(layers[0], context))
+    if kept is None or kept[0] is not context or kept[1] != group:
+        kept = (context, group, *_quantized_context(layers[0], context))
         options[CONTEXT] = kept
     return _products(layers, *kept[2:], context.dtype)
 
@@ -211,14 +218,25 @@ def _quantized_context(layer: QuantizedOp, context: torch.Tensor) -> tuple:
 
 
 class FusedTransformerBlock(BasicTransformerBlock):
+    def find_groups(self) -> None:
+        """Asked once, as the answer is the same at every call: which layers share an input."""
+        one, two = self.attn1, self.attn2
+        rounds = [
+            getattr(n, "rounding", None) is not None for n in (self.norm1, self.norm2, self.norm3)
+        ]
+        self.qkv_group = None if rounds[0] else _group((one.to_q, one.to_k, one.to_v))
+        self.query_group = None if rounds[1] else _group((two.to_q,))
+        self.context_group = _group((two.to_k, two.to_v))
+        self.ff_group = None if rounds[2] else _group((self.ff.net[0].proj,))
+
     def forward(self, x, context=None, transformer_options={}):  # noqa: B006  ComfyUI's signature
         if context is None or self._patched(transformer_options):
             return super().forward(x, context, transformer_options)
         one, two = self.attn1, self.attn2
-        q, k, v = _several(self.norm1, x, (one.to_q, one.to_k, one.to_v))
+        q, k, v = _several(self.norm1, x, (one.to_q, one.to_k, one.to_v), self.qkv_group)
         x = _linear(one.to_out[0], self._attend(one, q, k, v, transformer_options), x)
-        (q,) = _several(self.norm2, x, (two.to_q,))
-        k, v = _context((two.to_k, two.to_v), context, transformer_options)
+        (q,) = _several(self.norm2, x, (two.to_q,), self.query_group)
+        k, v = _context((two.to_k, two.to_v), context, self.context_group, transformer_options)
         x = _linear(two.to_out[0], self._attend(two, q, k, v, transformer_options), x)
         return self._feed_forward(x)
 
@@ -243,7 +261,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         first, last = self.ff.net[0].proj, self.ff.net[2]
-        if not _fusable(first) or getattr(self.norm3, "rounding", None) is not None:
+        if self.ff_group is None or not _fusable(first):
             return self.ff(self.norm3(x)) + x
         q, scale = _layer_norm(self.norm3, x, first)
         eight_bit = first.kernel.eight_bit
