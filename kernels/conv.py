@@ -74,13 +74,15 @@ def conv2d(
 
     x = x.contiguous(memory_format=NHWC)
     weight = weight.contiguous(memory_format=NHWC)
-    images, channels, height, width = x.shape
-    n, _, r, s = weight.shape
+    images, _, height, width = x.shape
+    n, channels, r, s = weight.shape
     p = (height + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
     q = (width + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
     m = images * p * q
     # 256 columns would leave too few registers for the pixels' addresses
-    chosen = tiles.choose(m, n, channels, tiles.chip(x.device), taps=r * s, widest=128)
+    chosen = tiles.choose(
+        tiles.example(m), n, channels, tiles.chip(x.device), taps=r * s, widest=128
+    )
     out = torch.empty((images, n, p, q), device=x.device, dtype=out_kind or dtype,
                       memory_format=NHWC)  # fmt: skip
     if residual is not None:

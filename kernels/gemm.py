@@ -83,8 +83,8 @@ def scaled_mm(
     """`scaled_mm_reference` in Triton. a and b contiguous."""
     from . import triton_matmul as kernels
 
-    (m, k), n = a.shape, b.shape[0]
-    chosen = tiles.choose(m, n, k, tiles.chip(a.device))
+    m, (n, k) = a.shape[0], b.shape  # a weight's sizes are no symbols while torch.compile traces
+    chosen = tiles.choose(tiles.example(m), n, k, tiles.chip(a.device))
     out = torch.empty((m, n), device=a.device, dtype=out_kind or dtype)
     target = out if chosen.split == 1 else partial_sums(chosen.split, m, n, a)
     args = _matmul_args(a, (b,), a_scale, (b_scale,), None if bias is None else (bias,),
@@ -128,8 +128,8 @@ def grouped_scaled_mm(
     from . import triton_matmul as kernels
 
     groups = len(weights)
-    (m, k), n = a.shape, weights[0].shape[0]
-    chosen = tiles.choose(m * groups, n, k, tiles.chip(a.device), splits=False)
+    m, (n, k) = a.shape[0], weights[0].shape
+    chosen = tiles.choose(tiles.example(m * groups), n, k, tiles.chip(a.device), splits=False)
     out = torch.empty((groups, m, n), device=a.device, dtype=dtype)
     args = _matmul_args(a, weights, a_scale, scales, biases, None, out, None, dtype, None, chosen)
     grid = (cdiv(m, chosen.bm) * cdiv(n, chosen.bn), 1, groups)
@@ -141,7 +141,7 @@ def _matmul_args(
     a, weights, a_scale, scales, biases, residual, target, out_scale, dtype, out_kind, chosen
 ) -> tuple:
     """The arguments of the kernel `matmul`, in its order. What it does not read is `a`."""
-    (m, k), n, groups = a.shape, weights[0].shape[0], len(weights)
+    m, (n, k), groups = a.shape[0], weights[0].shape, len(weights)
     three = [min(i, groups - 1) for i in range(3)]
     return (
         a,
@@ -200,8 +200,8 @@ def scaled_mm_geglu(
     """`scaled_mm_geglu_reference` in Triton."""
     from . import triton_matmul as kernels
 
-    (m, k), n = a.shape, b.shape[0] // 2
-    chosen = tiles.choose(m, n, k, tiles.chip(a.device), weights=2, splits=False)
+    m, k, n = a.shape[0], b.shape[1], b.shape[0] // 2
+    chosen = tiles.choose(tiles.example(m), n, k, tiles.chip(a.device), weights=2, splits=False)
     out = torch.empty((m, n), device=a.device, dtype=out_kind or dtype)
     args = (
         a,

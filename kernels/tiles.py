@@ -48,6 +48,7 @@ PROGRAM_COST = 128 * 256 * 256
 # writing and reading one partial sum again, in products
 PARTIAL_COST = 256
 SPLITS = (1, 2, 4, 8)
+UNKNOWN_SIZE = 2048
 LEAST_STEPS = 4  # of the inner dimension a program, when it is split
 
 
@@ -59,6 +60,15 @@ def chip(device: torch.device) -> Chip:
     found = torch.cuda.get_device_properties(device)
     shared = getattr(found, "shared_memory_per_block_optin", 99 * 1024)
     return Chip((found.major, found.minor), found.multi_processor_count, shared)
+
+
+def example(size) -> int:
+    """A size as a number. While torch.compile traces it may be a symbol, whose present value stands
+    for the others: tiles fit any size, some better than others."""
+    node = getattr(size, "node", None)
+    if node is None:
+        return size
+    return int(node.hint) if node.hint is not None else UNKNOWN_SIZE
 
 
 @functools.lru_cache(maxsize=4096)

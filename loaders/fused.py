@@ -181,10 +181,10 @@ def _conv(layer: QuantizedOp, q, scale, dtype, row_bias=None, residual=None) -> 
 
 
 def _several(
-    norm, x: torch.Tensor, layers: Sequence[torch.nn.Module], group: tuple | None
+    norm, x: torch.Tensor, layers: Sequence[torch.nn.Module], shared: bool
 ) -> Sequence[torch.Tensor]:
     """layer(norm(x)) of each layer."""
-    if group is not None and all(_fusable(layer) for layer in layers):
+    if shared and all(_fusable(layer) for layer in layers):
         q, scale = _layer_norm(norm, x, layers[0])
         if len(layers) == 1:
             return [_product(layers[0], q, scale, x.dtype)]
@@ -193,18 +193,17 @@ def _several(
     return [layer(normal) for layer in layers]
 
 
-def _context(
-    layers, context: torch.Tensor, group: tuple | None, options: dict
-) -> Sequence[torch.Tensor]:
+def _context(block, context: torch.Tensor, options: dict) -> Sequence[torch.Tensor]:
     """Keys and values of a context. It is quantized once a UNet call where all blocks' scales agree."""
-    if group is None or not all(_fusable(layer) for layer in layers):
+    layers = (block.attn2.to_k, block.attn2.to_v)
+    if not (block.context_shared and all(_fusable(layer) for layer in layers)):
         return [layer(context) for layer in layers]
     if torch.compiler.is_compiling():
         q, scale = _quantized_context(layers[0], context)
         return _products(layers, q, scale, context.dtype)
     kept = options.get(CONTEXT)
-    if kept is None or kept[0] is not context or kept[1] != group:
-        kept = (context, group, *_quantized_context(layers[0], context))
+    if kept is None or kept[0] is not context or kept[1] != block.context_group:
+        kept = (context, block.context_group, *_quantized_context(layers[0], context))
         options[CONTEXT] = kept
     return _products(layers, *kept[2:], context.dtype)
 
@@ -218,25 +217,36 @@ def _quantized_context(layer: QuantizedOp, context: torch.Tensor) -> tuple:
 
 
 class FusedTransformerBlock(BasicTransformerBlock):
+    runner = None  # `run` compiled, see compiling.py
+
     def find_groups(self) -> None:
-        """Asked once, as the answer is the same at every call: which layers share an input."""
+        """Asked once, as the answer is the same at every call: which layers share an input.
+
+        Yes or no: torch.compile would compile each block anew for values of its own.
+        """
         one, two = self.attn1, self.attn2
-        rounds = [
-            getattr(n, "rounding", None) is not None for n in (self.norm1, self.norm2, self.norm3)
-        ]
-        self.qkv_group = None if rounds[0] else _group((one.to_q, one.to_k, one.to_v))
-        self.query_group = None if rounds[1] else _group((two.to_q,))
+        norms = (self.norm1, self.norm2, self.norm3)
+        plain = [getattr(norm, "rounding", None) is None for norm in norms]
+        self.shared = (
+            plain[0] and _group((one.to_q, one.to_k, one.to_v)) is not None,
+            plain[1] and _group((two.to_q,)) is not None,
+            plain[2] and _group((self.ff.net[0].proj,)) is not None,
+        )
         self.context_group = _group((two.to_k, two.to_v))
-        self.ff_group = None if rounds[2] else _group((self.ff.net[0].proj,))
+        self.context_shared = self.context_group is not None
 
     def forward(self, x, context=None, transformer_options={}):  # noqa: B006  ComfyUI's signature
         if context is None or self._patched(transformer_options):
             return super().forward(x, context, transformer_options)
+        return (self.runner or FusedTransformerBlock.run)(self, x, context, transformer_options)
+
+    def run(self, x, context, transformer_options):
+        """The block without a patch on it; torch.compile compiles this."""
         one, two = self.attn1, self.attn2
-        q, k, v = _several(self.norm1, x, (one.to_q, one.to_k, one.to_v), self.qkv_group)
+        q, k, v = _several(self.norm1, x, (one.to_q, one.to_k, one.to_v), self.shared[0])
         x = _linear(one.to_out[0], self._attend(one, q, k, v, transformer_options), x)
-        (q,) = _several(self.norm2, x, (two.to_q,), self.query_group)
-        k, v = _context((two.to_k, two.to_v), context, self.context_group, transformer_options)
+        (q,) = _several(self.norm2, x, (two.to_q,), self.shared[1])
+        k, v = _context(self, context, transformer_options)
         x = _linear(two.to_out[0], self._attend(two, q, k, v, transformer_options), x)
         return self._feed_forward(x)
 
@@ -261,7 +271,7 @@ class FusedTransformerBlock(BasicTransformerBlock):
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         first, last = self.ff.net[0].proj, self.ff.net[2]
-        if self.ff_group is None or not _fusable(first):
+        if not (self.shared[2] and _fusable(first)):
             return self.ff(self.norm3(x)) + x
         q, scale = _layer_norm(self.norm3, x, first)
         eight_bit = first.kernel.eight_bit
@@ -292,8 +302,13 @@ class FusedTransformerBlock(BasicTransformerBlock):
 
 
 class FusedResBlock(ResBlock):
+    runner = None
+
     def _forward(self, x, emb):
-        x = x.contiguous(memory_format=NHWC)
+        return (self.runner or FusedResBlock.run)(self, x.contiguous(memory_format=NHWC), emb)
+
+    def run(self, x, emb):
+        """The block on channels-last pixels."""
         first, last = self.in_layers[2], self.out_layers[3]
         time = self.emb_layers(emb).to(x.dtype)
         h = self._half(self.in_layers[0], first, x, row_bias=time)

@@ -18,7 +18,7 @@ from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
 from ..kernels.backends import Backend
 from ..utils.capability import GPU
 from ..utils.progress import progress
-from . import dispatch, fused, layouts, ops, simulation
+from . import compiling, dispatch, fused, layouts, ops, simulation
 from .device import describe
 from .patcher import QuantizedPatcher
 
@@ -34,17 +34,19 @@ def read(path: str) -> QuantizedCheckpoint:
     return files.parse(tensors, metadata, path)
 
 
-def load_file(path: str, disable_dynamic: bool = False):
+def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
     """File -> ModelPatcher, never the dynamic one (the argument is how ComfyUI reloads a MODEL).
 
-    Raises ValueError for a file that is damaged, foreign or too new.
+    compiled: its blocks go through torch.compile at the first call. Raises ValueError for a file that is damaged, foreign or too new.
     """
     step = progress(3)
     checkpoint = read(path)
     step()
     model = load(checkpoint, where=path, takes=True)
+    if compiled:
+        compiling.compile_blocks(model)
     step()
-    model.cached_patcher_init = (load_file, (path,))
+    model.cached_patcher_init = (load_file, (path, compiled))
     return model
 
 
