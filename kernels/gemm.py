@@ -80,9 +80,11 @@ def scaled_mm(
     out_scale: torch.Tensor | None = None,
     launch: Callable | None = None,
 ) -> torch.Tensor:
-    """`scaled_mm_reference` in Triton. a and b contiguous."""
+    """`scaled_mm_reference` in Triton."""
     from . import triton_matmul as kernels
 
+    a, b = a.contiguous(), b.contiguous()
+    residual = None if residual is None else residual.contiguous()
     m, (n, k) = a.shape[0], b.shape  # a weight's sizes are no symbols while torch.compile traces
     chosen = tiles.choose(tiles.example(m), n, k, tiles.chip(a.device))
     out = torch.empty((m, n), device=a.device, dtype=out_kind or dtype)
@@ -127,6 +129,7 @@ def grouped_scaled_mm(
     """`grouped_scaled_mm_reference` in Triton, in one launch: the weights stay where they are."""
     from . import triton_matmul as kernels
 
+    a, weights = a.contiguous(), [weight.contiguous() for weight in weights]
     groups = len(weights)
     m, (n, k) = a.shape[0], weights[0].shape
     chosen = tiles.choose(tiles.example(m * groups), n, k, tiles.chip(a.device), splits=False)
@@ -200,6 +203,7 @@ def scaled_mm_geglu(
     """`scaled_mm_geglu_reference` in Triton."""
     from . import triton_matmul as kernels
 
+    a, b = a.contiguous(), b.contiguous()
     m, k, n = a.shape[0], b.shape[1], b.shape[0] // 2
     chosen = tiles.choose(tiles.example(m), n, k, tiles.chip(a.device), weights=2, splits=False)
     out = torch.empty((m, n), device=a.device, dtype=out_kind or dtype)

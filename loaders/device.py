@@ -11,8 +11,11 @@ from ..utils import capability
 from ..utils.capability import GPU
 
 
-def describe(device: torch.device) -> GPU:
-    """What this device and its software can do."""
+def describe(device: torch.device, try_kernels: bool = True) -> GPU:
+    """What this device and its software can do.
+
+    try_kernels: run our Triton kernels once, which compiles them if this is the first time (seconds).
+    """
     torch_version = _version(torch.__version__)
     if device.type != "cuda" or torch.version.hip:
         name = "AMD GPU" if torch.version.hip else {"cpu": "the CPU"}.get(device.type, device.type)
@@ -25,7 +28,7 @@ def describe(device: torch.device) -> GPU:
         _version(torch.version.cuda),
         frozenset(n for n, b in backends.items() if b["available"] and not b["disabled"]),
         torch_version,
-        _why_no_triton(device),
+        _why_no_triton(device) if try_kernels else "",
     )
 
 
@@ -37,9 +40,9 @@ def _why_no_triton(device: torch.device) -> str:
     return next((reason for reason in reasons if reason), "")
 
 
-def current() -> GPU:
+def current(try_kernels: bool = True) -> GPU:
     """The device ComfyUI computes on."""
-    return describe(comfy.model_management.get_torch_device())
+    return describe(comfy.model_management.get_torch_device(), try_kernels)
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -156,7 +156,9 @@ class Quantize(io.ComfyNode):
                 recipe = recipe_of(format, layer_choice.LINEAR_AND_CONV, "")
             except ValueError as error:
                 return str(error)
-            found = capability.support(recipe.format, "linear", device.current())
+            # while a workflow is checked, the server answers nobody: no kernels are compiled here
+            gpu = device.current(try_kernels=False)
+            found = capability.support(recipe.format, "linear", gpu)
             if found.level == capability.REFUSED:
                 return f"{found.why}: choose another format"
         return True

@@ -147,6 +147,22 @@ def test_quantized_on_the_way_out(kind, out):
     assert (gated.float() != wanted.float()).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_that_are_not_contiguous(kind):
+    a, b, a_scale, scales, biases = inputs(48, 64, 320, kind, True, 2)
+    residual = torch.randn(48, 64, device=DEVICE).half()
+    scattered = [t.t().contiguous().t() for t in (a, *b)]
+    rows = residual[:1].expand(48, 64)
+    for given in (residual.t().contiguous().t(), rows):
+        found = gemm.scaled_mm(scattered[0], scattered[1], a_scale, scales[0], biases[0], given)
+        wanted = gemm.scaled_mm(a, b[0], a_scale, scales[0], biases[0], given.clone())
+        assert torch.equal(found, wanted)
+    found = gemm.grouped_scaled_mm(scattered[0], scattered[1:], a_scale, scales)
+    assert torch.equal(found, gemm.grouped_scaled_mm(a, b, a_scale, scales))
+    found = gemm.scaled_mm_geglu(scattered[0], scattered[1], a_scale, scales[0])
+    assert torch.equal(found, gemm.scaled_mm_geglu(a, b[0], a_scale, scales[0]))
+
+
 def test_zeros_and_extremes():
     one = torch.ones((), device=DEVICE)
     full = torch.full((16, 5120), -128, dtype=torch.int8, device=DEVICE)
