@@ -94,7 +94,9 @@ def quantized_unet(
         if ours in checkpoint.inputs
     }
     for module, one in inputs.items():
-        config = PER_TENSOR if one.format == "int8" else E4M3
+        config = {"int8": PER_TENSOR, "fp8": E4M3, "nvfp4": NVFP4, "mxfp8": MXFP8}[one.format]
+        if one.format in ("int8", "fp8") and one.amax is None:
+            config = {"num_bits": config["num_bits"], **ROWS}
         entries.append({"quantizer_name": f"{module}.input_quantizer", "cfg": config})
     with quiet(), torch.no_grad():
         mtq.quantize(unet, {"quant_cfg": entries, "algorithm": "max"}, None)
@@ -186,7 +188,8 @@ def _set_scales(module: torch.nn.Module, layer: Layer, own: dict[str, torch.Tens
 
 
 def _set_input(module: torch.nn.Module, one: Input) -> None:
-    module.input_quantizer.amax = torch.tensor(one.amax)
+    if one.amax is not None:
+        module.input_quantizer.amax = torch.tensor(one.amax)
 
 
 def _fill(quantizer, amax: torch.Tensor) -> None:

@@ -91,6 +91,61 @@ def test_runs_as_modelopt_runs_it(saved, tmp_path, kind, name):
     assert torch.equal(unets.run_comfyui(loader.load_file(str(again)), kind, SEED), ours)
 
 
+def by_packing(inputs, block_size, amax, bias, num_bits, scale_bits, *rest):
+    """ModelOpt's fake quantization in dynamic blocks, whose kernels run on CUDA only, through its
+    own packed tensors, which run anywhere and give the same values."""
+    from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
+
+    width = inputs.shape[-1]
+    flat = inputs.float().reshape(-1, width)
+    flat = torch.nn.functional.pad(flat, (0, -width % block_size))
+    if scale_bits == (4, 3):
+        tensor, scale, double = NVFP4QTensor.quantize(
+            flat, 16, weights_scaling_factor_2=amax.float().amax() / (6 * 448)
+        )
+        scales = {"scale": scale, "double_scale": double}
+    else:
+        tensor, scale = MXFP8QTensor.quantize(flat)
+        scales = {"scale": scale}
+    made = tensor.dequantize(dtype=torch.float32, block_sizes={-1: block_size}, **scales)
+    return made[:, :width].reshape(inputs.shape).to(inputs.dtype)
+
+
+WHOLE = {
+    "nvfp4": mtq.NVFP4_DEFAULT_CFG,
+    "mxfp8": mtq.MXFP8_DEFAULT_CFG,
+    "int8-rows": rows(mtq.INT8_DEFAULT_CFG, "*input_quantizer", 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("sd15", "nvfp4"), ("sd15", "mxfp8"), ("sd15", "int8-rows"), ("sdxl", "nvfp4")],
+)
+def test_whole_presets_with_block_formats(monkeypatch, tmp_path, kind, name):
+    """Their LayerNorms and convolutions are rounded in blocks too, along the last axis."""
+    from modelopt.torch.quantization.nn.modules import tensor_quantizer
+
+    monkeypatch.setattr(tensor_quantizer, "dynamic_block_quant", by_packing)
+    unet, path = unets.make(kind), tmp_path / "x.pt"
+    with torch.no_grad():
+        mtq.quantize(unet, copy.deepcopy(WHOLE[name]), lambda u: unets.run_diffusers(u, kind, 0))
+    mto.save(unet, path)
+    theirs = unets.run_diffusers(mto.restore(unets.make(kind), path), kind, SEED)
+    plain = unets.run_diffusers(unets.make(kind), kind, SEED)
+    checkpoint = foreign.read(path)
+    ours = unets.output(checkpoint, kind, SEED)
+    assert unets.distance(ours, theirs) < 1e-5
+    assert unets.distance(theirs, plain) > 1e-3
+    form = name.partition("-")[0]
+    assert {layer.format for layer in checkpoint.layers.values()} == {form}
+    assert {one.format for one in checkpoint.inputs.values()} == {form}
+    assert len([note for note in checkpoint.header["imported"]["notes"] if "LayerNorms" in note])
+    files.write(checkpoint, tmp_path / "again.safetensors")
+    again = loader.read(str(tmp_path / "again.safetensors"))
+    assert again.inputs == checkpoint.inputs and again.layers == checkpoint.layers
+
+
 def packable(kind: str, name: str) -> torch.nn.Module:
     """A quantized UNet for mtq.compress, which cannot pack INT4 of a 3x3 kernel."""
     config = copy.deepcopy(RECIPES[name])
