@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -257,6 +258,17 @@ def test_a_module_in_this_process(saved):
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_module_with_other_heads_is_refused():
+    from diffusers import UNet2DConditionModel
+
+    other = {**unets.SD15, "attention_head_dim": 5, "sample_size": 8}
+    unet = UNet2DConditionModel(**other)
+    with torch.no_grad():
+        mtq.quantize(unet, mtq.FP8_DEFAULT_CFG, lambda u: unets.run_diffusers(u, "sd15", 0))
+    with pytest.raises(ValueError, match=r"must be \[8\] in ComfyUI's UNet .* says \[5\]"):
+        foreign.from_module(unet)
+
+
 def edited(path: str, folder, change) -> str:
     objects = torch.load(path, weights_only=True)
     change(objects, objects["modelopt_state"]["modelopt_state_dict"][-1][1]["metadata"])
@@ -265,17 +277,57 @@ def edited(path: str, folder, change) -> str:
     return str(target)
 
 
-def test_attention_products_are_left_out_and_told(saved, tmp_path):
-    def change(objects, metadata):
-        states = metadata["quantizer_state"]
-        name = next(n for n in states if n.endswith("attn1.to_q.input_quantizer"))
-        for kind in ("q_bmm", "softmax"):
-            states[name.replace("to_q.input", kind)] = dict(states[name])
+@pytest.fixture
+def attention_products():
+    """ModelOpt's quantizers in diffusers' attention, as ModelOpt's own plugin puts them there where
+    the package onnx is installed."""
+    from diffusers.models.attention_processor import Attention
+    from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
+    from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
 
-    checkpoint = foreign.read(edited(saved("sd15", "fp8"), tmp_path, change))
+    def attend(self, query, key, value, *args, **kwargs):
+        q, k = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key)
+        return torch._C._nn.scaled_dot_product_attention(
+            q, k, self.v_bmm_quantizer(value), *args, **kwargs
+        )
+
+    class Quantized(_QuantFunctionalMixin):
+        @property
+        def functionals_to_replace(self):
+            function = functools.partial(attend, self)
+            yield torch.nn.functional, "scaled_dot_product_attention", function
+
+        def _setup(self):
+            for name in ("q_bmm", "k_bmm", "v_bmm", "softmax", "bmm2_output"):
+                setattr(self, f"{name}_quantizer", TensorQuantizer())
+
+    known = Attention in QuantModuleRegistry
+    if not known:
+        QuantModuleRegistry.register({Attention: "Attention"})(Quantized)
+    yield
+    if not known:
+        QuantModuleRegistry.unregister(Attention)
+
+
+def test_attention_products_are_left_out_and_told(attention_products, tmp_path):
+    config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    config["quant_cfg"] += [
+        {"quantizer_name": name, "cfg": {"num_bits": (4, 3)}}
+        for name in ("*[qkv]_bmm_quantizer", "*softmax_quantizer")
+    ]
+    unet, path = unets.make("sd15"), tmp_path / "x.pt"
+    with torch.no_grad():
+        mtq.quantize(unet, config, lambda u: unets.run_diffusers(u, "sd15", 0))
+    mto.save(unet, path)
+    checkpoint = foreign.read(path)
     (note,) = [n for n in checkpoint.header["imported"]["notes"] if n.startswith("Left out")]
-    assert note == "Left out: the quantization of attention's own products, in 1 layers."
+    assert note == "Left out: the quantization of attention's own products, in 8 layers."
     assert note in info.describe(loader.load(checkpoint))
+    ours = unets.output(checkpoint, "sd15", SEED)
+    assert unets.distance(unets.run_diffusers(unet, "sd15", SEED), ours) > 1e-3
+    mtq.disable_quantizer(unet, "*_bmm_quantizer")
+    mtq.disable_quantizer(unet, "*softmax_quantizer")
+    assert unets.distance(ours, unets.run_diffusers(unet, "sd15", SEED)) < 1e-5
 
 
 def test_layers_without_a_format_keep_modelopts_rounding_and_are_named(saved):
@@ -620,7 +672,32 @@ def write(name: str, text: str):
     return lambda path: (path / name).write_text(text)
 
 
+def config_says(**changed):
+    def change(path):
+        content = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(content | changed))
+
+    return change
+
+
 FOLDER_DAMAGE = {
+    "the config of another UNet": (
+        config_says(cross_attention_dim=1024),
+        "cross_attention_dim must be 768 in ComfyUI's UNet",
+    ),
+    "the config of other widths": (
+        config_says(block_out_channels=[320, 640]),
+        r"block_out_channels must be \[320\]",
+    ),
+    "the config of another model": (
+        config_says(_class_name="FluxTransformer2DModel"),
+        "must be a UNet2DConditionModel",
+    ),
+    # ComfyUI's UNets have 8 heads where these have 5: the same weights, another output
+    "other attention heads": (config_says(attention_head_dim=5), r"must be \[8\] in ComfyUI's"),
+    "another activation function": (config_says(act_fn="gelu"), "act_fn must be silu"),
+    "heads that are no number": (config_says(attention_head_dim={}, num_attention_heads="x"), "x"),
+    "levels that are no list": (config_says(down_block_types=3, norm_eps="x"), "norm_eps must be"),
     "no config": (lambda p: (p / "config.json").unlink(), "must hold config.json"),
     "config no JSON": (write("config.json", "{"), "must be JSON"),
     "config a list": (write("config.json", "[]"), "must be a JSON object, found list"),
