@@ -53,6 +53,7 @@ RECIPES = {
     "w4a8-awq": mtq.W4A8_AWQ_BETA_CFG,
 }
 CASES = [("sd15", name) for name in RECIPES] + [("sdxl", "int8-smoothquant"), ("sdxl", "fp8")]
+CASES += [("sd2", "fp8"), ("inpainting", "int8"), ("unclip", "int8-smoothquant")]
 
 
 def quantize(kind: str, name: str) -> torch.nn.Module:
