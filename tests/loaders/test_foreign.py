@@ -649,6 +649,55 @@ def unpack_mxfp8(weight, scale, _):
 UNPACK = {"int4": unpack_int4, "w4a8": unpack_w4a8, "nvfp4": unpack_nvfp4, "mxfp8": unpack_mxfp8}
 
 
+def attention_and_feed_forward(attention: dict, feed_forward: dict) -> list[dict]:
+    """Entries for weights and inputs of Linears in two formats; everything else in 16 bits."""
+    found = [{"quantizer_name": "*", "enable": False}]
+    for part, own in (("attn", attention), ("ff", feed_forward)):
+        for side, config in own.items():
+            found.append({"quantizer_name": f"*{part}*{side}_quantizer", "cfg": config})
+    return found
+
+
+STATIC_FP8 = {side: {"num_bits": (4, 3), "axis": None} for side in ("weight", "input")}
+ROWS_FP8 = {"weight": STATIC_FP8["weight"]}
+ROWS_FP8["input"] = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}
+ROWS_INT8 = {"weight": {"num_bits": 8, "axis": 0}, "input": ROWS_FP8["input"] | {"num_bits": 8}}
+WEIGHTS_INT8 = {"weight": ROWS_INT8["weight"]}
+MIXES = {
+    "int8 per token alone": (ROWS_INT8, ROWS_INT8),
+    "fp8 and int8 per token": (STATIC_FP8, ROWS_INT8),
+    "int8 per token and of weights only": (ROWS_INT8, WEIGHTS_INT8),
+    "fp8 and weights only": (STATIC_FP8, WEIGHTS_INT8),
+}
+
+
+@pytest.mark.parametrize("name", [*MIXES, "fp8 per token"])
+def test_a_unified_export_of_several_ways(tmp_path, name):
+    """Each layer's own, as ModelOpt's saved state has it."""
+    from modelopt.torch.export import export_hf_checkpoint
+
+    unet = unets.make("sd15")
+    entries = attention_and_feed_forward(*MIXES.get(name, (STATIC_FP8, ROWS_FP8)))
+    with torch.no_grad():
+        mtq.quantize(
+            unet,
+            {"quant_cfg": entries, "algorithm": "max"},
+            lambda u: unets.run_diffusers(u, "sd15", 0),
+        )
+        expected = foreign.from_module(unet).layers
+        export_hf_checkpoint(unet, export_dir=tmp_path / "x")
+    checkpoint = foreign.read(tmp_path / "x")
+    assert checkpoint.layers.keys() == expected.keys()
+    notes = checkpoint.header["imported"]["notes"]
+    for layer, own in expected.items():
+        found = checkpoint.layers[layer]
+        if name not in MIXES and ".ff." in layer:  # nothing in the export tells it from weight-only
+            assert found.activations == "16 bits" and layer in notes[0]
+        else:
+            assert (found.format, found.activations) == (own.format, own.activations), layer
+    assert bool(notes) == (name not in MIXES)
+
+
 def drop_shard(path):
     next(iter(sorted(path.glob("*.safetensors")))).unlink()
 
