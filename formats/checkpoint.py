@@ -40,6 +40,7 @@ ACTIVATIONS = {
     ("w4a8", "linear"): (SIXTEEN,),
     ("w4a8", "conv2d"): (SIXTEEN,),
 }
+INPUTS = ("int8", "fp8", "nvfp4", "mxfp8")
 KINDS = {2: "linear", 4: "conv2d"}
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
@@ -109,11 +110,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Input:
-    """A module whose weight is not quantized and whose input is: rounded to `format` (int8 or fp8)
-    up to the calibrated `amax`. ModelOpt's presets do so to LayerNorms."""
+    """A module whose weight is not quantized and whose input is, along its last axis: rounded to
+    `format`, one of INPUTS. ModelOpt's presets do so to LayerNorms.
+
+    amax: the calibrated largest value; None for one that is taken while the model runs, of each row
+    (int8, fp8) or of the whole input (nvfp4). mxfp8 needs none.
+    """
 
     format: str
-    amax: float
+    amax: float | None = None
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 
 from ..utils.files import save_safetensors
 from . import FORMATS
-from .checkpoint import FORMAT_VERSION, REMEDY, Input, Layer, QuantizedCheckpoint
+from .checkpoint import FORMAT_VERSION, INPUTS, REMEDY, Input, Layer, QuantizedCheckpoint
 
 PREFIX = "modelopt."
 STOCK_PREFIX = "model.diffusion_model."
@@ -238,10 +238,10 @@ def _layer(name: str, entry, where: str) -> Layer:
 def _input(name: str, entry, where: str) -> Input:
     entry = entry if isinstance(entry, dict) else {}
     form, amax = entry.get("format"), entry.get("amax")
-    if form not in ("int8", "fp8"):
-        _fail_entry("the format of the input", "int8 or fp8", name, form, where)
-    if not _positive(amax):
-        _fail_entry("the amax of the input", "a positive number", name, amax, where)
+    if form not in INPUTS:
+        _fail_entry("the format of the input", f"one of {', '.join(INPUTS)}", name, form, where)
+    if amax is not None and not _positive(amax):
+        _fail_entry("the amax of the input", "a positive number or none", name, amax, where)
     return Input(form, amax)
 
 

@@ -51,18 +51,33 @@ def weight_amax(weight: torch.Tensor) -> None:
     return None
 
 
-def quantize(weight: torch.Tensor, amax: None = None) -> dict[str, torch.Tensor]:
-    """[N, ...] float -> float8_e4m3fn `weight` [rows, K], uint8 `weight_scale`."""
-    flat = blocks.flatten(weight).float()
+def _rounded(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] float32 -> float8_e4m3fn values [N, K / 32, 32], exponents [N, K / 32]."""
     in_blocks = flat.reshape(len(flat), -1, BLOCK)
     needed = in_blocks.abs().amax(dim=-1) / QMAX
     exponent = torch.where(needed > 0, torch.log2(needed).ceil(), -float(BIAS))
     exponent = exponent.clamp_(-BIAS, BIAS)
     values = (in_blocks * torch.exp2(-exponent).unsqueeze(-1)).clamp_(-QMAX, QMAX)
-    values, scale = blocks.arranged(
-        values.reshape(flat.shape), (exponent + BIAS).to(torch.uint8), ROWS, weight.ndim == 2
+    return values.to(torch.float8_e4m3fn), exponent
+
+
+def fake_quantize(flat: torch.Tensor, amax: None = None) -> torch.Tensor:
+    """[N, K] float32 -> what `dequantize` would give, without packing."""
+    values, exponent = _rounded(flat)
+    return (values.float() * torch.exp2(exponent).unsqueeze(-1)).reshape(flat.shape)
+
+
+def quantize(weight: torch.Tensor, amax: None = None) -> dict[str, torch.Tensor]:
+    """[N, ...] float -> float8_e4m3fn `weight` [rows, K], uint8 `weight_scale`."""
+    flat = blocks.flatten(weight).float()
+    values, exponent = _rounded(flat)
+    codes, scale = blocks.arranged(
+        values.reshape(flat.shape).view(torch.uint8),
+        (exponent + BIAS).to(torch.uint8),
+        ROWS,
+        weight.ndim == 2,
     )
-    return {"weight": values.to(torch.float8_e4m3fn), "weight_scale": scale}
+    return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
 
 
 def dequantize(stored: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..formats.checkpoint import Input, Layer
-from ..kernels import fp8, int8
 from . import layouts, patching
 from .dispatch import Kernel
+from .rounding import rounded
 
 
 class QuantizedOp:
@@ -162,7 +162,7 @@ class QuantizedOp:
 
     def forward(self, input, *args, **kwargs):
         if not isinstance(self.weight, QuantizedTensor):
-            return super().forward(_rounded(input, self.rounding), *args, **kwargs)
+            return super().forward(rounded(input, self.rounding), *args, **kwargs)
         comfy.ops.run_every_op()
         dense = self._needs_float_weight(input)
         weight, bias, stream = comfy.ops.cast_bias_weight(
@@ -187,14 +187,6 @@ class QuantizedOp:
         """The calibrated activation scale; None where each token has its own."""
         scale = getattr(self, "input_scale", None)
         return None if scale is None else scale.to(device)
-
-
-def _rounded(x: torch.Tensor, rounding: Input | None) -> torch.Tensor:
-    """ModelOpt's fake quantization of the input of a module that is not quantized itself."""
-    if rounding is None:
-        return x
-    kernels = {"int8": int8, "fp8": fp8}[rounding.format]
-    return kernels.fake_quantize(x, torch.tensor(rounding.amax, device=x.device)).to(x.dtype)
 
 
 def _branch(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -273,6 +265,6 @@ def quantized_ops(
                 super()._load_from_state_dict(state_dict, prefix, *args)
 
             def forward(self, input):
-                return super().forward(_rounded(input, self.rounding))
+                return super().forward(rounded(input, self.rounding))
 
     return Ops

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
 
 from .. import formats
-from ..formats.checkpoint import Layer
+from ..formats.checkpoint import Input, Layer
 from ..kernels import fp8 as fp8_kernels
 from ..kernels import int8 as int8_kernels
+from .rounding import rounded
 
 SIMULATED = frozenset(
     (name, kind) for name in ("int8", "fp8", "w4a8") for kind in ("linear", "conv2d")
-)
+) | {("nvfp4", "linear"), ("mxfp8", "linear")}
 
 
 def of(layer: Layer) -> Callable:
@@ -41,6 +43,13 @@ def of(layer: Layer) -> Callable:
         values, scale = formats.w4a8.to_fp8(stored, weight._params.orig_shape)
         return function(x, input_amax(x, input_scale), values, scale, bias, *geometry)
 
+    def in_blocks(x, input_scale, weight, bias):
+        plain = weight.layout_cls.plain(weight._qdata, weight._params)
+        q = rounded(x.float(), Input(layer.format, layer.input_amax))
+        return F.linear(q, plain, None if bias is None else bias.float()).to(x.dtype)
+
+    if layer.format in ("nvfp4", "mxfp8"):
+        return in_blocks
     run = {"int8": int8, "fp8": fp8, "w4a8": w4a8}[layer.format]
     kernels = int8_kernels if layer.format == "int8" else fp8_kernels
     return partial(run, kernels.linear_fake if layer.kind == "linear" else kernels.conv2d_fake)

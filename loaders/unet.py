@@ -66,14 +66,7 @@ def load(
     """
     checkpoint.validate(where)
     device = comfy.model_management.get_torch_device()
-    tensors = _seen_by_detection(checkpoint, torch.float32)
-    # without markers: with them ComfyUI fails on an unknown architecture instead of saying so
-    plain = {key: t for key, t in tensors.items() if not key.endswith(".comfy_quant")}
-    config = comfy.model_detection.model_config_from_unet(plain, "")
-    if config is None:
-        raise ValueError(
-            f"the UNet must be of an architecture that ComfyUI knows, {where} is of none: {REMEDY}"
-        )
+    config = architecture(checkpoint, where)
     compute_dtype = comfy.model_management.unet_manual_cast(
         None, device, config.supported_inference_dtypes
     )
@@ -127,6 +120,19 @@ def load(
         fused.fuse(model.model.diffusion_model)
     _log_kernels(model, where, gpu)
     return model
+
+
+def architecture(checkpoint: QuantizedCheckpoint, where: str):
+    """ComfyUI's model configuration for these weights. Raises ValueError where it knows none."""
+    tensors = _seen_by_detection(checkpoint, torch.float32)
+    # without markers: with them ComfyUI fails on an unknown architecture instead of saying so
+    plain = {key: t for key, t in tensors.items() if not key.endswith(".comfy_quant")}
+    config = comfy.model_detection.model_config_from_unet(plain, "")
+    if config is None:
+        raise ValueError(
+            f"the UNet must be of an architecture that ComfyUI knows, {where} is of none: {REMEDY}"
+        )
+    return config
 
 
 def _seen_by_detection(

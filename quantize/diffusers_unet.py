@@ -8,8 +8,10 @@ from collections.abc import Mapping
 import torch
 
 
-def build(config: Mapping[str, object]) -> torch.nn.Module:
-    """The UNet on the meta device. Raises ValueError where diffusers is missing or knows no such."""
+def build(config: Mapping[str, object], projects: bool = False) -> torch.nn.Module:
+    """The UNet on the meta device. projects: its vector is projected as it is (unCLIP's image
+    embedding), not SDXL's pooled text and sizes. Raises ValueError where diffusers is missing or
+    knows no such."""
     if importlib.util.find_spec("diffusers") is None:
         raise ValueError(
             "exporting needs the package diffusers, it is not installed in ComfyUI's Python: run "
@@ -22,7 +24,7 @@ def build(config: Mapping[str, object]) -> torch.nn.Module:
         )
     from diffusers import UNet2DConditionModel
 
-    arguments, middle = _arguments(config)
+    arguments, middle = _arguments(config, projects)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**arguments)
         if middle is not None:
@@ -30,7 +32,7 @@ def build(config: Mapping[str, object]) -> torch.nn.Module:
     return unet.eval()
 
 
-def _arguments(config: Mapping[str, object]) -> tuple[dict, object]:
+def _arguments(config: Mapping[str, object], projects: bool) -> tuple[dict, object]:
     """Arguments of diffusers' UNet, and what makes its middle block where it is not the last level's."""
     from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UNetMidBlock2DCrossAttn
 
@@ -69,11 +71,11 @@ def _arguments(config: Mapping[str, object]) -> tuple[dict, object]:
         "use_linear_projection": bool(config["use_linear_in_transformer"]),
     }
     if config.get("adm_in_channels") and config.get("num_classes") == "sequential":
-        arguments |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": config["adm_in_channels"],
-        }
+        arguments["projection_class_embeddings_input_dim"] = config["adm_in_channels"]
+        if projects:
+            arguments["class_embed_type"] = "projection"
+        else:
+            arguments |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
     shared = {
         "in_channels": channels[-1],
         "temb_channels": 4 * channels[0],

@@ -28,6 +28,8 @@ WEIGHTS = {
     "nvfp4": NVFP4,
     "mxfp8": MXFP8,
 }
+# what ComfyUI reads the kind of prediction from: no weights
+MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 ROWS = {"type": "dynamic", "block_sizes": {-1: None}}
 
 
@@ -72,7 +74,7 @@ def quantized_unet(
             f"ModelOpt must have the format, it has no {checkpoint.layers[e5m2[0]].format}, which "
             f"{len(e5m2)} layers are in, the first {e5m2[0]}: quantize with another format"
         )
-    unet = diffusers_unet.build(unet_config)
+    unet = diffusers_unet.build(unet_config, "class_embedding.linear_1" in names)
     state, kept, dropped = _weights(checkpoint, names, step)
     missing, unexpected = unet.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
@@ -94,7 +96,9 @@ def quantized_unet(
         if ours in checkpoint.inputs
     }
     for module, one in inputs.items():
-        config = PER_TENSOR if one.format == "int8" else E4M3
+        config = {"int8": PER_TENSOR, "fp8": E4M3, "nvfp4": NVFP4, "mxfp8": MXFP8}[one.format]
+        if one.format in ("int8", "fp8") and one.amax is None:
+            config = {"num_bits": config["num_bits"], **ROWS}
         entries.append({"quantizer_name": f"{module}.input_quantizer", "cfg": config})
     with quiet(), torch.no_grad():
         mtq.quantize(unet, {"quant_cfg": entries, "algorithm": "max"}, None)
@@ -139,8 +143,15 @@ def _weights(checkpoint: QuantizedCheckpoint, names: Mapping[str, str], step):
     scales = {f"{n}.{key}" for n, x in checkpoint.layers.items() for key in ("weight", *x.scales)}
     for key, tensor in checkpoint.tensors.items():
         module, _, leaf = key.rpartition(".")
-        if key not in scales and module in theirs:
+        if key in scales:
+            continue
+        if module in theirs:
             state[f"{theirs[module]}.{leaf}"] = tensor
+        elif key not in MARKERS:
+            raise ValueError(
+                f"the UNet must be one that diffusers knows, its {module} is not in diffusers: "
+                "export an SD1.5 or SDXL UNet"
+            )
     return state, kept, dropped
 
 
@@ -186,7 +197,8 @@ def _set_scales(module: torch.nn.Module, layer: Layer, own: dict[str, torch.Tens
 
 
 def _set_input(module: torch.nn.Module, one: Input) -> None:
-    module.input_quantizer.amax = torch.tensor(one.amax)
+    if one.amax is not None:
+        module.input_quantizer.amax = torch.tensor(one.amax)
 
 
 def _fill(quantizer, amax: torch.Tensor) -> None:

@@ -9,6 +9,8 @@ from comfy.model_detection import count_blocks
 
 COMFYUI = "input_blocks.0.0.weight"
 DIFFUSERS = "conv_in.weight"
+# widths of SDXL's vector and its refiner's: pooled text of 1280, and 6 or 5 numbers of 256
+TEXT_AND_SIZES = (2816, 2560)
 
 
 def modules(keys: Collection[str], where: str) -> dict[str, str]:
@@ -43,8 +45,10 @@ def of_model(model) -> dict[str, str]:
     own = dict(model.model.diffusion_model.named_modules())
     table = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     pairs = ((a.rpartition(".")[0], b.rpartition(".")[0]) for a, b in table.items())
-    twice = "class_embedding." if model.model.model_config.unet_config.get("num_classes") else ""
-    return {a: b for a, b in pairs if b in own and not (twice and a.startswith(twice))}
+    # both of diffusers' names stand for ComfyUI's label_emb
+    sizes = model.model.model_config.unet_config.get("adm_in_channels") in TEXT_AND_SIZES
+    other = "class_embedding." if sizes else "add_embedding."
+    return {a: b for a, b in pairs if b in own and not a.startswith(other)}
 
 
 def _config(keys: Collection[str]) -> dict[str, object]:

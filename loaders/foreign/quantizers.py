@@ -9,6 +9,7 @@ import torch
 
 from ...formats import FORMATS
 from ...formats.checkpoint import KINDS, PER_TOKEN, SIXTEEN, SIXTEEN_BITS, STATIC, Input, Layer
+from ..rounding import rounded
 from . import compressed
 
 INT8, E4M3, INT4, NVFP4, MXFP8 = "int8", "e4m3", "int4", "nvfp4", "mxfp8"
@@ -28,6 +29,15 @@ KNOWN = {
     ((NVFP4,), OFF): "nvfp4",
     ((MXFP8,), MXFP8): "mxfp8",
     ((MXFP8,), OFF): "mxfp8",
+}
+# numerics of an input that is rounded and not multiplied -> format, whether it needs no amax
+INPUTS_KNOWN = {
+    (INT8,): ("int8", False),
+    (E4M3,): ("fp8", False),
+    (TOKEN + INT8,): ("int8", True),
+    (TOKEN + E4M3,): ("fp8", True),
+    (NVFP4,): ("nvfp4", True),
+    (MXFP8,): ("mxfp8", True),
 }
 # what a quantizer may do that no format of ours does
 BEYOND = ("_rotate", "_bias", "_unsigned", "_narrow_range", "_use_constant_amax")
@@ -117,14 +127,12 @@ def convert(
     reason = _why_not(found, kind, shape, weights.numerics(), inputs)
     dtype = weight.dtype
     if reason is not None:
-        from .dense import fake_quantized
-
         if packed:
             dense = compressed.dense(form, weight, weights.tensors, name, where)
             scale = weights.tensors["_scale"].dtype
             dtype = scale if scale in SIXTEEN_BITS else torch.float32
         else:
-            dense = fake_quantized(name, weight, weights)
+            dense = _fake_quantized(name, weight, weights)
         if up is not None:
             dense = dense + up.float() @ down.float()
         return {"weight": _unsmoothed(dense, smoothing).to(dtype)}, None, reason
@@ -169,14 +177,28 @@ def convert(
 
 
 def input_of(quantizer: Quantizer) -> Input | None:
-    """How a module's input is rounded, where one calibrated amax says it all."""
-    form = {(INT8,): "int8", (E4M3,): "fp8"}.get(quantizer.numerics())
-    amax = quantizer.amax()
+    """How a module's input is rounded, where that is one of our ways; None else."""
+    form, taken = INPUTS_KNOWN.get(quantizer.numerics(), (None, False))
     if form is None or "_pre_quant_scale" in quantizer.tensors:
         return None
+    amax = quantizer.amax()
+    if taken and (amax is None or form != "nvfp4"):
+        return Input(form)
     if amax is None or amax.numel() != 1 or not bool(amax > 0):
         return None
     return Input(form, amax.float().item())
+
+
+def _fake_quantized(name: str, weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """float32, as the ModelOpt layer multiplies with it. ModelOpt's kernels for NVFP4 and MXFP8 run
+    on CUDA only; ours give the same values."""
+    if quantizer.numerics() in ((NVFP4,), (MXFP8,)) and quantizer.enabled:
+        amax = quantizer.amax()
+        amax = None if amax is None else amax.float().amax().item()
+        return rounded(weight.float(), Input(quantizer.numerics()[0], amax or None))
+    from .dense import fake_quantized
+
+    return fake_quantized(name, weight, quantizer)
 
 
 def _why_not(found, kind, shape, numerics, inputs) -> str | None:

@@ -12,7 +12,8 @@ import torch
 from ...formats import files
 from ...formats.checkpoint import QuantizedCheckpoint
 from ...utils import sha256
-from . import folder, torch_file
+from .. import unet
+from . import architecture, folder, torch_file
 from .restored import Restored
 from .unified import Exported
 
@@ -39,6 +40,8 @@ def read(
         raise ValueError(f"the checkpoint must exist, {path} does not: correct the name")
     step = started(make.steps + sum(sha256.pieces(source) for source in sources))
     checkpoint = make(step)
+    if path.is_dir():
+        architecture.check(folder.config(path), _found(checkpoint, path), str(path))
     digests = [sha256.of(source, step) for source in sources]
     digest = digests[0] if len(digests) == 1 else sha256.combined(digests)
     checkpoint.header["source"] = {"name": path.name, "sha256": digest}
@@ -51,7 +54,16 @@ def from_module(module: torch.nn.Module) -> QuantizedCheckpoint:
     import modelopt.torch.opt as mto
 
     where = f"the {type(module).__name__}"
-    return Restored(mto.modelopt_state(module), module.state_dict(), where)(lambda: None)
+    checkpoint = Restored(mto.modelopt_state(module), module.state_dict(), where)(lambda: None)
+    config = getattr(module, "config", None)
+    if isinstance(config, Mapping):
+        architecture.check(config, _found(checkpoint, where), where)
+    return checkpoint
+
+
+def _found(checkpoint: QuantizedCheckpoint, where: object) -> dict:
+    """What ComfyUI reads off the weights."""
+    return unet.architecture(checkpoint, str(where)).unet_config
 
 
 def _of_file(path: Path) -> Restored:

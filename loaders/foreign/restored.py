@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ...formats.checkpoint import Input, QuantizedCheckpoint
+from ...formats.checkpoint import INPUTS, Input, QuantizedCheckpoint
 from . import names
 from .assemble import checked, damage_named, header, unquantized
 from .quantizers import BEYOND, Quantizer, convert, input_of
@@ -90,7 +90,7 @@ def _norms(
         found[name] = input_of(one)
         if found[name] is None:
             raise ValueError(
-                f"the input of a norm must be rounded to int8 or fp8 with one amax, {module} in "
+                f"the input of a norm must be rounded to {', '.join(INPUTS)}, {module} in "
                 f"{where} has {' then '.join(one.numerics())}: disable its input_quantizer with "
                 "mtq.disable_quantizer and save again"
             )

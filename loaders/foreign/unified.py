@@ -38,27 +38,47 @@ class Exported:
         self.steps = len(self.beside)
 
     def __call__(self, step: Callable[[], None]) -> QuantizedCheckpoint:
-        made, layers = unquantized(self.plain, self.modules, self.where), {}
-        inputs = _activations(self.quantization)
-        dynamic = bool(inputs) and all(one.get("dynamic") is True for one in inputs)
+        made, layers, unsaid = unquantized(self.plain, self.modules, self.where), {}, []
         for module, extra in self.beside.items():
             name, weight = self.modules[module], self.plain[f"{module}.weight"]
             with damage_named(module, self.where):
-                stored, layers[name] = layer(name, weight, extra, dynamic, bool(inputs), self.where)
+                dynamic, rounds = _activations(self.quantization, module)
+                stored, layers[name] = layer(name, weight, extra, dynamic, rounds, self.where)
+            if layers[name].format == "fp8" and layers[name].activations == SIXTEEN and rounds:
+                unsaid.append(name)
             made |= {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}
             step()
         algorithm = str(self.quantization.get("quant_algo"))
-        described = header(layers, "ModelOpt's unified export", algorithm, [])
+        notes = []
+        if unsaid:
+            notes.append(
+                f"{len(unsaid)} layers in fp8 keep activations in 16 bits: ModelOpt's export has no "
+                f"scale for them, and does not say whether they were scaled per token: {', '.join(unsaid)}."
+            )
+        described = header(layers, "ModelOpt's unified export", algorithm, notes)
         return checked(made, layers, described, {}, _version(self.quantization), self.where)
 
 
-def _activations(quantization: Mapping) -> list[Mapping]:
-    """What the config's groups say of activations, those that quantize them."""
+def _activations(quantization: Mapping, module: str) -> tuple[bool, bool]:
+    """What the config says of one layer's activations: whether they are scaled while the model runs,
+    and whether they are quantized at all. An export of one format names no layers."""
     groups = quantization.get("config_groups")
-    if not isinstance(groups, Mapping):
-        return []
-    inputs = [g.get("input_activations") for g in groups.values() if isinstance(g, Mapping)]
-    return [one for one in inputs if isinstance(one, Mapping)]
+    groups = groups.values() if isinstance(groups, Mapping) else ()
+    groups = [group for group in groups if isinstance(group, Mapping)]
+    own = [group for group in groups if module in _names(group.get("targets"))] or groups
+    inputs = [group.get("input_activations") for group in own]
+    inputs = [one for one in inputs if isinstance(one, Mapping)]
+    layers = quantization.get("quantized_layers")
+    said = layers.get(module) if isinstance(layers, Mapping) else None
+    algorithm = (said if isinstance(said, Mapping) else quantization).get("quant_algo")
+    # written of static scales and of those per token: the former have an input_scale
+    integer = algorithm == "W8A8_SQ_PER_CHANNEL"
+    dynamic = bool(inputs) and all(one.get("dynamic") is True for one in inputs)
+    return dynamic or integer, bool(inputs) or integer
+
+
+def _names(targets: object) -> list:
+    return targets if isinstance(targets, list) else []
 
 
 def _version(quantization: Mapping) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -52,6 +53,7 @@ RECIPES = {
     "w4a8-awq": mtq.W4A8_AWQ_BETA_CFG,
 }
 CASES = [("sd15", name) for name in RECIPES] + [("sdxl", "int8-smoothquant"), ("sdxl", "fp8")]
+CASES += [("sd2", "fp8"), ("inpainting", "int8"), ("unclip", "int8-smoothquant")]
 
 
 def quantize(kind: str, name: str) -> torch.nn.Module:
@@ -89,6 +91,61 @@ def test_runs_as_modelopt_runs_it(saved, tmp_path, kind, name):
     again = tmp_path / "again.safetensors"
     files.write(checkpoint, again)
     assert torch.equal(unets.run_comfyui(loader.load_file(str(again)), kind, SEED), ours)
+
+
+def by_packing(inputs, block_size, amax, bias, num_bits, scale_bits, *rest):
+    """ModelOpt's fake quantization in dynamic blocks, whose kernels run on CUDA only, through its
+    own packed tensors, which run anywhere and give the same values."""
+    from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
+
+    width = inputs.shape[-1]
+    flat = inputs.float().reshape(-1, width)
+    flat = torch.nn.functional.pad(flat, (0, -width % block_size))
+    if scale_bits == (4, 3):
+        tensor, scale, double = NVFP4QTensor.quantize(
+            flat, 16, weights_scaling_factor_2=amax.float().amax() / (6 * 448)
+        )
+        scales = {"scale": scale, "double_scale": double}
+    else:
+        tensor, scale = MXFP8QTensor.quantize(flat)
+        scales = {"scale": scale}
+    made = tensor.dequantize(dtype=torch.float32, block_sizes={-1: block_size}, **scales)
+    return made[:, :width].reshape(inputs.shape).to(inputs.dtype)
+
+
+WHOLE = {
+    "nvfp4": mtq.NVFP4_DEFAULT_CFG,
+    "mxfp8": mtq.MXFP8_DEFAULT_CFG,
+    "int8-rows": rows(mtq.INT8_DEFAULT_CFG, "*input_quantizer", 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("sd15", "nvfp4"), ("sd15", "mxfp8"), ("sd15", "int8-rows"), ("sdxl", "nvfp4")],
+)
+def test_whole_presets_with_block_formats(monkeypatch, tmp_path, kind, name):
+    """Their LayerNorms and convolutions are rounded in blocks too, along the last axis."""
+    from modelopt.torch.quantization.nn.modules import tensor_quantizer
+
+    monkeypatch.setattr(tensor_quantizer, "dynamic_block_quant", by_packing)
+    unet, path = unets.make(kind), tmp_path / "x.pt"
+    with torch.no_grad():
+        mtq.quantize(unet, copy.deepcopy(WHOLE[name]), lambda u: unets.run_diffusers(u, kind, 0))
+    mto.save(unet, path)
+    theirs = unets.run_diffusers(mto.restore(unets.make(kind), path), kind, SEED)
+    plain = unets.run_diffusers(unets.make(kind), kind, SEED)
+    checkpoint = foreign.read(path)
+    ours = unets.output(checkpoint, kind, SEED)
+    assert unets.distance(ours, theirs) < 1e-5
+    assert unets.distance(theirs, plain) > 1e-3
+    form = name.partition("-")[0]
+    assert {layer.format for layer in checkpoint.layers.values()} == {form}
+    assert {one.format for one in checkpoint.inputs.values()} == {form}
+    assert len([note for note in checkpoint.header["imported"]["notes"] if "LayerNorms" in note])
+    files.write(checkpoint, tmp_path / "again.safetensors")
+    again = loader.read(str(tmp_path / "again.safetensors"))
+    assert again.inputs == checkpoint.inputs and again.layers == checkpoint.layers
 
 
 def packable(kind: str, name: str) -> torch.nn.Module:
@@ -202,6 +259,17 @@ def test_a_module_in_this_process(saved):
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_module_with_other_heads_is_refused():
+    from diffusers import UNet2DConditionModel
+
+    other = {**unets.SD15, "attention_head_dim": 5, "sample_size": 8}
+    unet = UNet2DConditionModel(**other)
+    with torch.no_grad():
+        mtq.quantize(unet, mtq.FP8_DEFAULT_CFG, lambda u: unets.run_diffusers(u, "sd15", 0))
+    with pytest.raises(ValueError, match=r"must be \[8\] in ComfyUI's UNet .* says \[5\]"):
+        foreign.from_module(unet)
+
+
 def edited(path: str, folder, change) -> str:
     objects = torch.load(path, weights_only=True)
     change(objects, objects["modelopt_state"]["modelopt_state_dict"][-1][1]["metadata"])
@@ -210,17 +278,57 @@ def edited(path: str, folder, change) -> str:
     return str(target)
 
 
-def test_attention_products_are_left_out_and_told(saved, tmp_path):
-    def change(objects, metadata):
-        states = metadata["quantizer_state"]
-        name = next(n for n in states if n.endswith("attn1.to_q.input_quantizer"))
-        for kind in ("q_bmm", "softmax"):
-            states[name.replace("to_q.input", kind)] = dict(states[name])
+@pytest.fixture
+def attention_products():
+    """ModelOpt's quantizers in diffusers' attention, as ModelOpt's own plugin puts them there where
+    the package onnx is installed."""
+    from diffusers.models.attention_processor import Attention
+    from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer
+    from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
 
-    checkpoint = foreign.read(edited(saved("sd15", "fp8"), tmp_path, change))
+    def attend(self, query, key, value, *args, **kwargs):
+        q, k = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key)
+        return torch._C._nn.scaled_dot_product_attention(
+            q, k, self.v_bmm_quantizer(value), *args, **kwargs
+        )
+
+    class Quantized(_QuantFunctionalMixin):
+        @property
+        def functionals_to_replace(self):
+            function = functools.partial(attend, self)
+            yield torch.nn.functional, "scaled_dot_product_attention", function
+
+        def _setup(self):
+            for name in ("q_bmm", "k_bmm", "v_bmm", "softmax", "bmm2_output"):
+                setattr(self, f"{name}_quantizer", TensorQuantizer())
+
+    known = Attention in QuantModuleRegistry
+    if not known:
+        QuantModuleRegistry.register({Attention: "Attention"})(Quantized)
+    yield
+    if not known:
+        QuantModuleRegistry.unregister(Attention)
+
+
+def test_attention_products_are_left_out_and_told(attention_products, tmp_path):
+    config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    config["quant_cfg"] += [
+        {"quantizer_name": name, "cfg": {"num_bits": (4, 3)}}
+        for name in ("*[qkv]_bmm_quantizer", "*softmax_quantizer")
+    ]
+    unet, path = unets.make("sd15"), tmp_path / "x.pt"
+    with torch.no_grad():
+        mtq.quantize(unet, config, lambda u: unets.run_diffusers(u, "sd15", 0))
+    mto.save(unet, path)
+    checkpoint = foreign.read(path)
     (note,) = [n for n in checkpoint.header["imported"]["notes"] if n.startswith("Left out")]
-    assert note == "Left out: the quantization of attention's own products, in 1 layers."
+    assert note == "Left out: the quantization of attention's own products, in 8 layers."
     assert note in info.describe(loader.load(checkpoint))
+    ours = unets.output(checkpoint, "sd15", SEED)
+    assert unets.distance(unets.run_diffusers(unet, "sd15", SEED), ours) > 1e-3
+    mtq.disable_quantizer(unet, "*_bmm_quantizer")
+    mtq.disable_quantizer(unet, "*softmax_quantizer")
+    assert unets.distance(ours, unets.run_diffusers(unet, "sd15", SEED)) < 1e-5
 
 
 def test_layers_without_a_format_keep_modelopts_rounding_and_are_named(saved):
@@ -541,6 +649,55 @@ def unpack_mxfp8(weight, scale, _):
 UNPACK = {"int4": unpack_int4, "w4a8": unpack_w4a8, "nvfp4": unpack_nvfp4, "mxfp8": unpack_mxfp8}
 
 
+def attention_and_feed_forward(attention: dict, feed_forward: dict) -> list[dict]:
+    """Entries for weights and inputs of Linears in two formats; everything else in 16 bits."""
+    found = [{"quantizer_name": "*", "enable": False}]
+    for part, own in (("attn", attention), ("ff", feed_forward)):
+        for side, config in own.items():
+            found.append({"quantizer_name": f"*{part}*{side}_quantizer", "cfg": config})
+    return found
+
+
+STATIC_FP8 = {side: {"num_bits": (4, 3), "axis": None} for side in ("weight", "input")}
+ROWS_FP8 = {"weight": STATIC_FP8["weight"]}
+ROWS_FP8["input"] = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}
+ROWS_INT8 = {"weight": {"num_bits": 8, "axis": 0}, "input": ROWS_FP8["input"] | {"num_bits": 8}}
+WEIGHTS_INT8 = {"weight": ROWS_INT8["weight"]}
+MIXES = {
+    "int8 per token alone": (ROWS_INT8, ROWS_INT8),
+    "fp8 and int8 per token": (STATIC_FP8, ROWS_INT8),
+    "int8 per token and of weights only": (ROWS_INT8, WEIGHTS_INT8),
+    "fp8 and weights only": (STATIC_FP8, WEIGHTS_INT8),
+}
+
+
+@pytest.mark.parametrize("name", [*MIXES, "fp8 per token"])
+def test_a_unified_export_of_several_ways(tmp_path, name):
+    """Each layer's own, as ModelOpt's saved state has it."""
+    from modelopt.torch.export import export_hf_checkpoint
+
+    unet = unets.make("sd15")
+    entries = attention_and_feed_forward(*MIXES.get(name, (STATIC_FP8, ROWS_FP8)))
+    with torch.no_grad():
+        mtq.quantize(
+            unet,
+            {"quant_cfg": entries, "algorithm": "max"},
+            lambda u: unets.run_diffusers(u, "sd15", 0),
+        )
+        expected = foreign.from_module(unet).layers
+        export_hf_checkpoint(unet, export_dir=tmp_path / "x")
+    checkpoint = foreign.read(tmp_path / "x")
+    assert checkpoint.layers.keys() == expected.keys()
+    notes = checkpoint.header["imported"]["notes"]
+    for layer, own in expected.items():
+        found = checkpoint.layers[layer]
+        if name not in MIXES and ".ff." in layer:  # nothing in the export tells it from weight-only
+            assert found.activations == "16 bits" and layer in notes[0]
+        else:
+            assert (found.format, found.activations) == (own.format, own.activations), layer
+    assert bool(notes) == (name not in MIXES)
+
+
 def drop_shard(path):
     next(iter(sorted(path.glob("*.safetensors")))).unlink()
 
@@ -565,7 +722,32 @@ def write(name: str, text: str):
     return lambda path: (path / name).write_text(text)
 
 
+def config_says(**changed):
+    def change(path):
+        content = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(content | changed))
+
+    return change
+
+
 FOLDER_DAMAGE = {
+    "the config of another UNet": (
+        config_says(cross_attention_dim=1024),
+        "cross_attention_dim must be 768 in ComfyUI's UNet",
+    ),
+    "the config of other widths": (
+        config_says(block_out_channels=[320, 640]),
+        r"block_out_channels must be \[320\]",
+    ),
+    "the config of another model": (
+        config_says(_class_name="FluxTransformer2DModel"),
+        "must be a UNet2DConditionModel",
+    ),
+    # ComfyUI's UNets have 8 heads where these have 5: the same weights, another output
+    "other attention heads": (config_says(attention_head_dim=5), r"must be \[8\] in ComfyUI's"),
+    "another activation function": (config_says(act_fn="gelu"), "act_fn must be silu"),
+    "heads that are no number": (config_says(attention_head_dim={}, num_attention_heads="x"), "x"),
+    "levels that are no list": (config_says(down_block_types=3, norm_eps="x"), "norm_eps must be"),
     "no config": (lambda p: (p / "config.json").unlink(), "must hold config.json"),
     "config no JSON": (write("config.json", "{"), "must be JSON"),
     "config a list": (write("config.json", "[]"), "must be a JSON object, found list"),

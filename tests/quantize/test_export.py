@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import comfy.ldm.modules.attention
 import pytest
 import torch
@@ -84,18 +86,34 @@ def test_e5m2_is_refused(quantized, tmp_path):
         written(quantized(Recipe("fp8_e5m2")).checkpoint, tmp_path / "x.pt")
 
 
-def test_what_modelopt_wrote_comes_back_from_an_export(tmp_path):
+@pytest.mark.parametrize("kind", ["sdxl", "sd2", "inpainting", "unclip"])
+def test_what_modelopt_wrote_comes_back_from_an_export(tmp_path, kind):
     import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
 
-    unet = unets.make("sdxl")
+    unet = unets.make(kind)
     with torch.no_grad():
-        mtq.quantize(unet, mtq.FP8_DEFAULT_CFG, lambda u: unets.run_diffusers(u, "sdxl", 0))
+        mtq.quantize(unet, mtq.FP8_DEFAULT_CFG, lambda u: unets.run_diffusers(u, kind, 0))
     first = foreign.from_module(unet)
     written(first, tmp_path / "x.pt")
-    restored = mto.restore(unets.make("sdxl", seed=1), tmp_path / "x.pt")
-    theirs = unets.run_diffusers(restored, "sdxl", SEED)
-    assert unets.distance(unets.output(first, "sdxl", SEED), theirs) < 1e-5
+    restored = mto.restore(unets.make(kind, seed=1), tmp_path / "x.pt")
+    theirs = unets.run_diffusers(restored, kind, SEED)
+    assert unets.distance(unets.output(first, kind, SEED), theirs) < 1e-5
+
+
+def test_a_unet_that_diffusers_does_not_know_is_refused(quantized, tmp_path):
+    """ComfyUI's x4 upscaler has an embedding of noise levels, which diffusers' UNet is built without."""
+    checkpoint = quantized(Recipe("fp8")).checkpoint
+    other = dataclasses.replace(
+        checkpoint, tensors=checkpoint.tensors | {"label_emb.weight": torch.ones(8, 4)}
+    )
+    model = loader.load(checkpoint)
+    config, names = model.model.model_config.unet_config, foreign.of_model(model)
+    with pytest.raises(ValueError, match="its label_emb is not in diffusers"):
+        export.write(other, config, names, tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+    marked = dataclasses.replace(checkpoint, tensors=checkpoint.tensors | {"v_pred": torch.ones(1)})
+    export.write(marked, config, names, tmp_path / "x.pt")
 
 
 def test_block_formats_of_convolutions_are_told(quantized, tmp_path):
