@@ -34,7 +34,9 @@ from comfy_extras import (
     nodes_torch_compile,
 )
 from comfyui_modelopt.devtools import synthetic
+from comfyui_modelopt.kernels import backends
 from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.loaders.fused import FusedResBlock
 from comfyui_modelopt.quantize import engine
 from comfyui_modelopt.quantize.recipe import Recipe
 
@@ -53,10 +55,14 @@ def made(quantized):
     return quantized(RECIPE)
 
 
-@pytest.fixture(scope="module")
-def both(sd15, made):
-    """The original MODEL and the quantized one."""
-    return sd15[0], loader.load(made.checkpoint)
+@pytest.fixture(scope="module", params=["ordinary blocks", "fused blocks"])
+def both(request, sd15, made):
+    """The original MODEL and the quantized one; also as on a GPU, where blocks are fused."""
+    backend = backends.REFERENCE if request.param == "fused blocks" else None
+    model = loader.load(made.checkpoint, backend=backend)
+    unet = model.model.diffusion_model
+    assert any(isinstance(m, FusedResBlock) for m in unet.modules()) == (backend is not None)
+    return sd15[0], model
 
 
 def digest_of(model) -> str:
