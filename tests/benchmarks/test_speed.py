@@ -22,15 +22,17 @@ from comfyui_modelopt.benchmarks.speed import (
     shapes,
 )
 from comfyui_modelopt.benchmarks.speed.candidates import CANDIDATES, SIXTEEN, Candidate
-from comfyui_modelopt.benchmarks.speed.problem import PER_TOKEN, STATIC, Problem
+from comfyui_modelopt.benchmarks.speed.problem import Problem
 from comfyui_modelopt.benchmarks.speed.processes import Failed, Worker
 from comfyui_modelopt.benchmarks.speed.settings import QUICK, Plan, Setting, setting
 from comfyui_modelopt.benchmarks.speed.shapes import Conv, Linear
 from comfyui_modelopt.devtools.common import ROOT
+from comfyui_modelopt.formats.checkpoint import PER_TOKEN, STATIC
 
 from ..cpu import INT_MM_EXACT
 
 CPU = torch.device("cpu")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_INT_MM = ("torch._int_mm", "comfy-kitchen int8_linear")
 SMALL = [
     Linear(6, 32, 64),
@@ -102,7 +104,10 @@ def test_every_candidate_gives_the_exact_result(shape, dtype):
         if candidate.kind != shape.kind:
             continue
         if (reason := candidate.why_not(problem)) is not None:
-            assert reason == "no CUDA device" and "fp8" in candidate.name
+            if candidate.name.startswith("Triton"):
+                assert not INTERPRETED and reason.startswith("Triton kernels need an NVIDIA GPU")
+            else:
+                assert reason == "no CUDA device" and "fp8" in candidate.name
             continue
         found = layers.errors(candidate.prepare(problem)(), problem, candidate)
         ran.append(candidate.name)
@@ -113,7 +118,8 @@ def test_every_candidate_gives_the_exact_result(shape, dtype):
         else:
             # comfy-kitchen divides by the scale in x's own dtype, and rounds some values elsewhere
             assert found["max_error"] < (5e-3 if dtype == torch.float16 else 1e-5), candidate.name
-    assert len(ran) == {"linear": 5, "conv2d": 4}[shape.kind]
+    ours = {"linear": 9, "conv2d": 5}[shape.kind] if INTERPRETED else 0
+    assert len(ran) == {"linear": 7, "conv2d": 6}[shape.kind] + ours
 
 
 @pytest.mark.parametrize("shape", [SMALL[0], SMALL[2]], ids=lambda shape: shape.key)
@@ -151,7 +157,7 @@ def test_one_that_fails_is_a_row_and_ends_nothing(monkeypatch):
     rows = layers.measure(SMALL[0], CPU, torch.float32, QUICK)
     assert rows[0]["error"] == "RuntimeError: no such kernel"
     timed = [row for row in rows if "median_ms" in row]
-    assert len(timed) == 5 and all(row["calls"] >= 3 and row["tflops"] > 0 for row in timed)
+    assert len(timed) == 7 + 9 * INTERPRETED and all(row["calls"] >= 3 and row["tflops"] > 0 for row in timed)
     (kitchen,) = (row for row in rows if row["candidate"].startswith("comfy-kitchen"))
     assert kitchen["ran"] == "comfy-kitchen's eager backend"
 
@@ -281,6 +287,28 @@ def test_a_new_option_is_one_row():
     arm = arms.ours("int8", arms.CONV, arms.NO_GRAPHS, tag="fused", fused=True)
     assert (arm.name, arm.needs) == ("int8-all-compiled-fused", ("int8", "linear + conv"))
     assert arm.build.args[2] == {"fused": True}
+
+
+def test_each_part_has_its_arm_and_its_limit():
+    found = {arm.name: arm for arm in arms.ARMS if arm.name.startswith("int8-")}
+    wanted = {
+        "int8-linear-library": ("8-bit Linear, separate quantize passes", {"arithmetic": "library"}),
+        "int8-linear-unfused": (
+            "8-bit Linear, separate quantize passes",
+            {"fuse": False, "arithmetic": "integer"},
+        ),
+        "int8-all-compiled-unfused": (
+            "8-bit Linear + conv, separate quantize passes",
+            {"fuse": False, "arithmetic": "integer"},
+        ),
+        "int8-all-all-8-bit": ("8-bit Linear + conv, all fused", {"arithmetic": "integer"}),
+        "int8-linear": ("8-bit Linear, fused", {}),
+        "int8-all-graphs": ("8-bit Linear + conv, all fused", {}),
+    }
+    for name, (limit, options) in wanted.items():
+        assert (found[name].limit, found[name].build.args[2]) == (limit, options)
+    assert found["int8-all-unfused"].why_not(CPU) == "no CUDA device"
+    assert found["int8-all"].why_not(CPU) is None
 
 
 def test_the_limit_is_an_h200s_only():
