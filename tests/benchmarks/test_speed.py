@@ -157,7 +157,9 @@ def test_one_that_fails_is_a_row_and_ends_nothing(monkeypatch):
     rows = layers.measure(SMALL[0], CPU, torch.float32, QUICK)
     assert rows[0]["error"] == "RuntimeError: no such kernel"
     timed = [row for row in rows if "median_ms" in row]
-    assert len(timed) == 7 + 9 * INTERPRETED and all(row["calls"] >= 3 and row["tflops"] > 0 for row in timed)
+    assert len(timed) == 7 + 9 * INTERPRETED and all(
+        row["calls"] >= 3 and row["tflops"] > 0 for row in timed
+    )
     (kitchen,) = (row for row in rows if row["candidate"].startswith("comfy-kitchen"))
     assert kitchen["ran"] == "comfy-kitchen's eager backend"
 
@@ -292,7 +294,10 @@ def test_a_new_option_is_one_row():
 def test_each_part_has_its_arm_and_its_limit():
     found = {arm.name: arm for arm in arms.ARMS if arm.name.startswith("int8-")}
     wanted = {
-        "int8-linear-library": ("8-bit Linear, separate quantize passes", {"arithmetic": "library"}),
+        "int8-linear-library": (
+            "8-bit Linear, separate quantize passes",
+            {"arithmetic": "library"},
+        ),
         "int8-linear-unfused": (
             "8-bit Linear, separate quantize passes",
             {"fuse": False, "arithmetic": "integer"},
