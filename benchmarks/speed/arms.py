@@ -256,8 +256,8 @@ def ours(
 
 
 def parts(form: str) -> tuple[Arm, ...]:
-    """Each part switched on in turn; the arms without a tag have all. Without a GPU they are all the
-    same. Libraries have no convolution."""
+    """Each part switched on in turn; the arms without a tag have all. Without a GPU they are all
+    the same. Libraries have no convolution."""
     why_not = no_fp8 if form == "fp8" else no_gpu
     every = {"arithmetic": dispatch.INTEGER}  # whatever the choice table says
     return (

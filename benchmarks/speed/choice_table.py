@@ -16,7 +16,7 @@ EIGHT_BIT = (choices.OURS, choices.HANDED, choices.LIBRARY)
 
 
 def of(result: dict) -> dict | None:
-    """The table, or None where a run does not give one: quick, interrupted, without a GPU or layers."""
+    """The table; None of a run that is quick or interrupted, or has no GPU or no layers."""
     if result["quick"] or result.get("interrupted") or result["machine"]["gpu"] is None:
         return None
     measured = {}
@@ -32,7 +32,7 @@ def of(result: dict) -> dict | None:
 
 
 def _rows(layer: dict) -> Iterable[dict]:
-    """One for each format and way to quantize activations in which our kernel or a library's ran."""
+    """One for each format and way to quantize activations that our kernel or a library's ran in."""
     shape = shapes.of_dict(layer["shape"])
     usable = [row for row in layer["rows"] if layers.usable(row) and row["way"]]
     for form in ("int8", "fp8"):
@@ -62,20 +62,32 @@ def text(table: dict) -> str:
     return f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
 
 
-def write(result: dict, out: Path | None) -> str | None:
-    """Writes the table where loading finds it or, where a run has a folder `out` of its own, there;
-    what to say of it, None where the run gives no table."""
+def write(result: dict, beside: Path, install: bool) -> str | None:
+    """Writes the table where loading finds it, or beside the results where it is not to be installed
+    or that folder cannot be written; what to say of it, None where the run gives no table."""
     table = of(result)
     if table is None:
         return None
     name = f"{choices.slug(table['gpu'])}.local.json"
-    path = choices.FOLDER / name if out is None else out / f"choices_{name}"
+    found = choices.FOLDER / name
+    if install:
+        try:
+            _write(found, table)
+        except OSError as error:
+            problem = f" ({error})"
+        else:
+            return (
+                f"Choice table: {found}. Loading goes by it from the next start of ComfyUI; "
+                "delete it to go without."
+            )
+    else:
+        problem = ""
+    path = beside / f"choices_{name}"
+    _write(path, table)
+    return f"Choice table: {path}. To have loading go by it, copy it to {found}{problem}"
+
+
+def _write(path: Path, table: dict) -> None:
     partial = path.with_name(f"{path.name}.part")
     partial.write_text(text(table), encoding="utf-8")
     partial.replace(path)
-    if out is None:
-        return (
-            f"Choice table: {path}. Loading goes by it from the next start of ComfyUI; "
-            "delete it to go without."
-        )
-    return f"Choice table: {path}. To have loading go by it, copy it to {choices.FOLDER / name}"

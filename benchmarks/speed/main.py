@@ -35,7 +35,7 @@ def main(args) -> int:
         raise
     finally:
         say(f"Written to {run.path} and {run.path.with_suffix('.md').name}")
-    said = choice_table.write(run.result, args.out)
+    said = choice_table.write(run.result, run.path.parent, install=args.out is None)
     if said is not None:
         say(said)
     return 0

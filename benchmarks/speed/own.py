@@ -13,8 +13,8 @@ from .problem import Problem
 
 
 def dequantized(form: str):
-    """8-bit weights, x in 16 bits, as loaders/ops.py runs it; convolutions between blocks that hold their
-    pixels channels-last."""
+    """8-bit weights, x in 16 bits, as loaders/ops.py runs it; convolutions between blocks that hold
+    their pixels channels-last."""
 
     def prepare(p: Problem):
         held, x = p.held(form), p.x

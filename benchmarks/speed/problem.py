@@ -74,8 +74,8 @@ class Problem:
 
     def exact(self, form: str, activations: str) -> torch.Tensor:
         """What a layer of this format must give, in float64, products and sums without rounding
-        (integers exactly). `form` SIXTEEN: of x and weight as they are; `activations` SIXTEEN: of x as
-        it is."""
+        (integers exactly). `form` SIXTEEN: of x and weight as they are; `activations` SIXTEEN: of x
+        as it is."""
         if form == SIXTEEN:
             return self._product(self.x.double(), self.weight.double()) + self._channel(self.bias)
         stored = self.stored[form]

@@ -2,9 +2,9 @@
 
 One JSON a GPU in this folder, `<slug>.json` as shipped with the pack, or `<slug>.local.json` as
 measured here, which goes first:
-`version` (VERSION), `gpu` (its name as torch says it), `made` (versions and date), and `rows`, one for
-each layer shape: `format`, `kind` ("linear", "conv2d"), `activations` ("static", "per token"), `weight`
-(the shape), `m` (rows of x, or pixels of the output), `ms` (a way below -> milliseconds a call).
+`version` (VERSION), `gpu` (its name as torch says it), `made` (versions and date), and `rows`, one
+for each layer shape: `format`, `kind` ("linear", "conv2d"), `activations` ("static", "per token"),
+`weight` (the shape), `m` (rows of x, or pixels of the output), `ms` (a way below -> milliseconds).
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).resolve().parent
 # a table of another version is not used: raised when kernels change so that its times mislead
 VERSION = 1
-# our kernel, which quantizes x first; the same on an x that a fused block has quantized; a library's
-# kernel, quantizing included; dequantizing the weight and F.linear or F.conv2d; those in 16 bits alone
+# our kernel, which quantizes x first; the same on an x that a fused block has quantized; a
+# library's kernel, quantizing included; dequantizing the weight, then F.linear or F.conv2d; those
+# with a weight in 16 bits
 OURS, HANDED, LIBRARY = "ours", "ours, x quantized before", "library"
 DEQUANTIZED, SIXTEEN = "dequantized", "16 bits"
 WAYS = (OURS, HANDED, LIBRARY, DEQUANTIZED, SIXTEEN)
 KEYS = ("format", "kind", "activations")
-# what was measured of one weight's shape: M, and way -> milliseconds; convolutions of two strides may
-# share an M
+# what was measured of one weight's shape: M, and way -> milliseconds; convolutions of two strides
+# may share an M
 Measured = Sequence[tuple[int, Mapping[str, float]]]
 # (format, kind, activations, shape of the weight) -> all that was measured of it
 Rows = Mapping[tuple, Measured]

@@ -100,12 +100,17 @@ def test_written_where_loading_finds_it(result, tmp_path, monkeypatch):
     found, out = tmp_path / "choices", tmp_path / "out"
     found.mkdir(), out.mkdir()
     monkeypatch.setattr(choices, "FOLDER", found)
-    said = choice_table.write(result, out)
+    said = choice_table.write(result, out, install=False)
     assert "copy it to" in said and str(found / "nvidia-test-9000.local.json") in said
     assert choices.table(GPU, found) is None
     choices.table.cache_clear()
-    said = choice_table.write(result, None)
+    said = choice_table.write(result, out, install=True)
     assert "Loading goes by it from the next start" in said
     assert (1280, 2048) in {key[3] for key in choices.table(GPU, found)}
     assert [path.name for path in out.iterdir()] == ["choices_nvidia-test-9000.local.json"]
-    assert choice_table.write(result | {"quick": True}, None) is None
+    assert choice_table.write(result | {"quick": True}, out, install=True) is None
+    monkeypatch.setattr(choices, "FOLDER", tmp_path / "none")
+    (out / "choices_nvidia-test-9000.local.json").unlink()
+    said = choice_table.write(result, out, install=True)
+    assert "copy it to" in said and "No such file" in said
+    assert [path.name for path in out.iterdir()] == ["choices_nvidia-test-9000.local.json"]
