@@ -16,8 +16,11 @@ from comfyui_modelopt.kernels.choices import DEQUANTIZED, HANDED, LIBRARY, OURS
 from comfyui_modelopt.loaders import dispatch, info
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.loaders.eight_bit import handed_over
+from comfyui_modelopt.quantize.quality import sqnr_db
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils.capability import GPU
+
+from ..cpu import INT_MM_EXACT
 
 NAME = "NVIDIA Test 9000"
 HERE = GPU("cuda", NAME, (9, 0), (13, 0), frozenset({"cuda", "eager"}), (2, 11))
@@ -145,6 +148,43 @@ def test_the_log_and_the_report_say_so(write, quantized, monkeypatch, caplog):
         assert line in said
     report = info.describe(model)
     assert "run as int8 linear: dequantized: 16 bits, dequantizing included, was faster" in report
+
+
+def test_a_unet_of_all_ways_is_as_near_to_16_bits(write, quantized, sd15, monkeypatch):
+    """Fused blocks with some layers dequantized and some on a library's kernel."""
+    monkeypatch.setattr(loader, "describe", lambda device: HERE)
+    half = lambda *_: torch.float16  # noqa: E731
+    monkeypatch.setattr(comfy.model_management, "unet_manual_cast", half)
+    monkeypatch.setattr(backends, "triton", lambda: backends.REFERENCE)  # the same, and quick
+    made = quantized(Recipe("int8"))
+    checkpoint, rows = made.checkpoint, {}
+    for name, layer in checkpoint.layers.items():
+        how = STATIC if layer.static else "per token"
+        rows[layer.format, layer.kind, how, tuple(checkpoint.tensors[f"{name}.weight"].shape)] = {}
+    for number, key in enumerate(rows):
+        library = LIBRARY if key[1] == "linear" and INT_MM_EXACT else OURS
+        ways = (OURS, DEQUANTIZED, library)
+        fastest = ways[number % 3]
+        slow = {OURS: 2.0, HANDED: 2.0, LIBRARY: 3.0, DEQUANTIZED: 4.0}
+        rows[key] = slow | {fastest: 1.0}
+    write(rows)
+    integer = loader.load(checkpoint, arithmetic=dispatch.INTEGER)
+    model, outputs = loader.load(checkpoint), []
+    for one, dtype in ((sd15[0], torch.float32), (integer, torch.float16), (model, torch.float16)):
+        comfy.model_management.load_models_gpu([one])
+        args, kwargs = made.records[0].arguments("cpu", dtype)
+        with torch.inference_mode():
+            outputs.append(one.model.diffusion_model(*args, **kwargs).float())
+    names = {kernel.name for kernel in loader.kernels(model).values()}
+    assert names == {
+        "int8 linear: the exact reference",
+        *(["int8 linear: comfy-kitchen"] if INT_MM_EXACT else []),
+        "int8 linear: dequantized",
+        "int8 conv2d: the exact reference",
+        "int8 conv2d: dequantized",
+    }
+    wanted, all_8_bit, mixed = outputs
+    assert sqnr_db(wanted, mixed) > sqnr_db(wanted, all_8_bit) > 10
 
 
 @pytest.mark.parametrize(
