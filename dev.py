@@ -156,14 +156,16 @@ def parser() -> argparse.ArgumentParser:
         cmd_bench,
         "measure the speed of whole UNets and of every layer shape, against the other ways to run "
         "them",
-        "Writes benchmarks/results/speed_….json and .md. Uses the GPU where there is one; no network.",
+        "Writes benchmarks/results/speed_….json and .md and, on a GPU and without --quick, the choice "
+        "table that loading goes by. Uses the GPU where there is one; no network.",
     )
     bench.add_argument("--quick", action="store_true", help="small models: minutes, also on a CPU")
     bench.add_argument("--family", default="all", choices=["sdxl", "sd15", "all"])
     bench.add_argument("--arms", metavar="A,B", help="whole UNets only in these ways (and eager), as "
                        "named in benchmarks/speed/arms.py (default: all)")  # fmt: skip
     bench.add_argument("--only", choices=["layers", "unet"], help="one half of it")
-    bench.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="for the results and the choice "
+                       "table (default: benchmarks/results and kernels/choices)")  # fmt: skip
     bench.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
     bench.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,8 +10,8 @@ from functools import partial
 import torch
 
 from ..formats import FORMATS
-from ..formats.checkpoint import STATIC, Layer
-from ..kernels import backends
+from ..formats.checkpoint import PER_TOKEN, SIXTEEN_BITS, STATIC, Layer
+from ..kernels import backends, choices
 from ..kernels import blocks as block_kernels
 from ..kernels import fp8 as fp8_kernels
 from ..kernels import int8 as int8_kernels
@@ -21,7 +22,8 @@ from ..utils.capability import EMULATED, GPU, NATIVE, REFUSED
 from . import native, simulation
 from .eight_bit import KINDS, EightBit
 
-AUTO, INTEGER, FAKE = "auto", "integer", "fake"
+AUTO, INTEGER, FAKE, LIBRARY = "auto", "integer", "fake", "library"
+LEFT_OUT = "this pack's own kernels are left out here"
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,58 @@ def choose(
     shape: tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float16,
     backend: Backend | None = None,
+    handed: bool = False,
 ) -> Kernel:
     """The kernel for a layer on a device. Raises ValueError where the format cannot run there.
 
     as_stock: the file opens in stock ComfyUI, whose result on a device without the format's units
     is the dequantized one; such a file gives the same picture here and there. arithmetic: AUTO;
-    INTEGER emulates the low-precision units also for such a file; FAKE runs ModelOpt's float32
-    simulation where there is one, to verify against ModelOpt. shape: of the weight; dtype: that is
-    computed in. backend: computes the 8-bit layers, whatever the device (tests, benchmarks).
+    INTEGER computes in low precision also such a file, and whatever is faster; FAKE runs ModelOpt's
+    float32 simulation where there is one, to verify against ModelOpt; LIBRARY is AUTO with no kernels
+    but those of libraries, whatever is faster. shape: of the weight; dtype: that is computed in.
+    backend: computes the 8-bit layers, whatever the device (tests, benchmarks). handed: the input
+    comes in 8 bits from a fused block, which counts where kernels/choices says what is faster.
     """
+    shape = shape or layer.shape or (0, 0)
+    rest = (layer, as_stock, arithmetic, shape, dtype, backend)
+    others = dataclasses.replace(gpu, no_triton=LEFT_OUT)
+    if arithmetic == LIBRARY:
+        return _usual(others, *rest)
+    usual = _usual(gpu, *rest)
+    if arithmetic != AUTO or backend is not None or dtype not in SIXTEEN_BITS:
+        return usual
+    if usual.level != NATIVE or layer.format not in KINDS:
+        return usual
+    ways = {choices.LIBRARY: usual}
+    if usual.eight_bit is not None:
+        ways = {choices.HANDED if handed else choices.OURS: usual}
+        library = _usual(others, *rest)
+        if library.level == NATIVE:
+            ways[choices.LIBRARY] = library
+    return _measured(layer, gpu, shape, ways) or usual
+
+
+def _measured(layer: Layer, gpu: GPU, shape, ways: dict[str, Kernel]) -> Kernel | None:
+    """What was measured to be faster on this GPU than the first of `ways`, or None."""
+    activations = STATIC if layer.static else PER_TOKEN
+    found = choices.ask(gpu.name, layer.format, layer.kind, activations, shape, tuple(ways))
+    if found is None:
+        return None
+    if found.way == choices.DEQUANTIZED:
+        return Kernel(f"{layer.format} {layer.kind}: dequantized", "dequantized", found.why)
+    return dataclasses.replace(ways[found.way], why=found.why)
+
+
+def _usual(
+    gpu: GPU,
+    layer: Layer,
+    as_stock: bool,
+    arithmetic: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    backend: Backend | None,
+) -> Kernel:
+    """The kernel where nothing was measured; arguments as in `choose`."""
     key = (layer.format, layer.kind)
     what = f"{layer.format} {layer.kind}"
     found = capability.support(layer.format, layer.kind, gpu)
@@ -121,7 +166,6 @@ def choose(
     if arithmetic == FAKE and key in simulation.SIMULATED:
         run = simulation.of(layer)
         return Kernel(f"{what}: ModelOpt's simulation", "simulated", found.why, run)
-    shape = shape or layer.shape or (0, 0)
     own = _own_kernel(layer, gpu, shape, backend)
     if own is not None:
         return own
@@ -133,7 +177,7 @@ def choose(
         return Kernel(f"{what}: dequantized", "dequantized", reason)
     if found.level == NATIVE and key in NATIVE_KERNELS:
         return Kernel(f"{what}: comfy-kitchen", NATIVE, found.why, NATIVE_KERNELS[key])
-    if arithmetic == AUTO and _dequantizes(layer, gpu, as_stock):
+    if arithmetic in (AUTO, LIBRARY) and _dequantizes(layer, gpu, as_stock):
         why = found.why
         if gpu.capability is None:
             why += "; stock ComfyUI computes this file the same way"

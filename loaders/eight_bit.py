@@ -6,16 +6,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 
 from ..formats import FORMATS
+from ..formats.checkpoint import Layer
 from ..kernels.backends import Backend
 from ..kernels.producers import DTYPES
 
 # format -> what its activations and products are
 KINDS = {"int8": "int8", "fp8": "fp8", "w4a8": "fp8"}
 NHWC = torch.channels_last
+# modules whose input a fused block has in 8 bits already. One quantized input for several layers:
+SHARED = ("*.attn1.to_[qkv]", "*.attn2.to_[kv]")
+# the input of one layer
+ALONE = ("*.attn2.to_q", "*.ff.net.0.proj", "*.proj_in", "*.in_layers.2", "*.out_layers.3")
+# the same where its scale is known before it is computed
+STATIC = ("*.ff.net.2",)
+
+
+def handed_over(name: str, layer: Layer) -> bool:
+    """Whether fused.py hands the module `name` an input in 8 bits, so that no pass of its own
+    quantizes it. (Keys and values share one pass of the context with all other blocks.)"""
+    if layer.format not in KINDS or layer.rank:
+        return False
+    patterns = ALONE
+    if not layer.smoothed:
+        patterns = ALONE + SHARED + (STATIC if layer.static else ())
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)

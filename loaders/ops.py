@@ -63,7 +63,7 @@ class QuantizedOp:
         if "input_scale" in tensors:
             self.input_scale = torch.nn.Parameter(tensors["input_scale"], requires_grad=False)
             self.input_key = tensors["input_scale"].item()
-        self.kernel = self.CHOOSE(layer, self.expected_shape())
+        self.kernel = self.CHOOSE(layer, self.expected_shape(), prefix.removesuffix("."))
         if self.kernel.eight_bit is not None and weight._qdata.ndim == 4:
             weight = layouts.channels_last(weight)
             self.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -205,8 +205,8 @@ def quantized_ops(
 
     compute_dtype: what activations and unquantized weights are computed in.
     layers: module name -> what the file says of it; inputs: of unquantized ones, the same;
-    `choose(layer, shape)` answers a layer's kernel; takes: tensors are the model's alone and become
-    its parameters without a copy.
+    `choose(layer, shape, name)` answers a layer's kernel; takes: tensors are the model's alone and
+    become its parameters without a copy.
     """
     base = comfy.ops.mixed_precision_ops({}, compute_dtype)
 

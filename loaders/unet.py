@@ -20,6 +20,7 @@ from ..utils.capability import GPU
 from ..utils.progress import progress
 from . import compiling, dispatch, fused, layouts, ops, simulation
 from .device import describe
+from .eight_bit import handed_over
 from .patcher import QuantizedPatcher
 
 log = logging.getLogger(__name__)
@@ -79,8 +80,15 @@ def load(
         compute_dtype,
         checkpoint.layers,
         checkpoint.inputs,
-        lambda layer, shape: dispatch.choose(
-            layer, gpu, as_stock, arithmetic, shape, compute_dtype, backend
+        lambda layer, shape, name: dispatch.choose(
+            layer,
+            gpu,
+            as_stock,
+            arithmetic,
+            shape,
+            compute_dtype,
+            backend,
+            fuse and handed_over(name, layer),
         ),
         takes,
     )

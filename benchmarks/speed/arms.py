@@ -16,8 +16,8 @@ import comfy.sd
 import torch
 
 from ...loaders import benchmark as node
+from ...loaders import dispatch, unet_inputs
 from ...loaders import unet as loader
-from ...loaders import unet_inputs
 from ...quantize.layers import LINEAR_AND_CONV, LINEAR_ONLY, select
 from .settings import Setting
 
@@ -223,22 +223,50 @@ def _ours(
     return Built(compiled(model, setting, mode), model, {"kernels": node.layer_lines(model)})
 
 
-def ours(form: str, layers: str, mode: str | None = None, tag: str = "", **options) -> Arm:
+def ours(
+    form: str,
+    layers: str,
+    mode: str | None = None,
+    tag: str = "",
+    why_not: Callable[[torch.device], str | None] = lambda device: None,
+    **options,
+) -> Arm:
     """An arm of this pack: format, layers, torch.compile's mode, options of `loaders.unet.load`.
 
     tag: what tells its name from the others' where options do.
     """
     parts = [form, SUFFIX[layers], *({NO_GRAPHS: ["compiled"], GRAPHS: ["graphs"]}.get(mode, []))]
     ways = {None: "eager", NO_GRAPHS: "compiled", GRAPHS: "compiled, CUDA graphs"}
-    what = "8-bit Linear + conv" if layers == CONV else "8-bit Linear"
+    fused = options.get("fuse", True) and options.get("arithmetic") != dispatch.LIBRARY
+    limit = {
+        (LINEAR, True): "8-bit Linear, fused",
+        (LINEAR, False): "8-bit Linear, separate quantize passes",
+        (CONV, True): "8-bit Linear + conv, all fused",
+        (CONV, False): "8-bit Linear + conv, separate quantize passes",
+    }[layers, fused]
     build = partial(_ours, (form, layers), mode, options)
     return Arm(
-        "-".join([*parts, *([tag] if tag else [])]),
+        "-".join([*parts, *([tag.replace(" ", "-")] if tag else [])]),
         f"ours {form}, {layers}, {ways[mode]}" + (f", {tag}" if tag else ""),
         build,
         (form, layers),
-        f"{what}, separate quantize passes",
-        no_gpu if mode == GRAPHS else lambda device: None,
+        limit,
+        no_gpu if mode == GRAPHS else why_not,
+    )
+
+
+def parts(form: str) -> tuple[Arm, ...]:
+    """Each part switched on in turn; the arms without a tag have all. Without a GPU they are all
+    the same. Libraries have no convolution."""
+    why_not = no_fp8 if form == "fp8" else no_gpu
+    every = {"arithmetic": dispatch.INTEGER}  # whatever the choice table says
+    return (
+        ours(form, LINEAR, None, "library", why_not, arithmetic=dispatch.LIBRARY),
+        *(
+            ours(form, layers, mode, "unfused", why_not, fuse=False, **every)
+            for layers, mode in ((LINEAR, None), (CONV, None), (CONV, NO_GRAPHS))
+        ),
+        *(ours(form, layers, None, "all 8-bit", why_not, **every) for layers in (LINEAR, CONV)),
     )
 
 
@@ -282,6 +310,7 @@ ARMS = (
         for layers in (LINEAR, CONV)
         for mode in (None, NO_GRAPHS, GRAPHS)
     ),
+    *(arm for form in ("int8", "fp8") for arm in parts(form)),
 )
 
 

@@ -2,7 +2,7 @@
 
 `takes` "float": x in 16 bits, quantizing it is part of the time. `takes` "quantized": x's quantized
 values, as a producer that quantizes on its way out hands them over. `gives` "output" or, for bare
-products, "int32"; these do not count as a way to run the layer.
+products, "int32" (in any dtype); these do not count as a way to run the layer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ...kernels import fp8, int8
-from .problem import PER_TOKEN, STATIC, Problem
+from ...formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC
+from ...kernels import choices, fp8, int8
+from . import own
+from .problem import Problem
 
 FLOAT, QUANTIZED = "float", "quantized"
-SIXTEEN = "16 bits"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Candidate:
     """prepare(problem) -> the call to time, whose result is compared with the exact one.
 
     why_not(problem): the reason it cannot run there, or None. ran(problem): what did the work, where
-    a library chooses by itself.
+    a library chooses by itself. way: which way of kernels/choices it is, "" for none.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Candidate:
     gives: str = "output"
     why_not: Callable[[Problem], str | None] = lambda problem: None
     ran: Callable[[Problem], str] | None = None
+    way: str = ""
 
 
 # --- 16 bits ---
@@ -152,12 +154,93 @@ def _int_mm_why_not(p: Problem) -> str | None:
     return None
 
 
+# --- the rows ---
+
+
+def ours(kind: str, form: str, activations: str) -> tuple[Candidate, ...]:
+    """Our kernel with x in 16 bits, and in 8 bits from a producer."""
+    name, why_not = f"Triton {form}, {activations}", own.why_not(form, activations)
+    return (
+        Candidate(
+            name,
+            kind,
+            form,
+            own.layer(form, activations),
+            activations,
+            why_not=why_not,
+            way=choices.OURS,
+        ),
+        Candidate(
+            f"{name}, x quantized before",
+            kind,
+            form,
+            own.product(form, activations),
+            activations,
+            QUANTIZED,
+            why_not=why_not,
+            way=choices.HANDED,
+        ),
+    )
+
+
+def ours_sums(kind: str, activations: str) -> Candidate:
+    """int8's sums, to be compared bit for bit."""
+    return Candidate(
+        "Triton int8 sums",
+        kind,
+        "int8",
+        own.product("int8", activations, sums=True),
+        activations,
+        QUANTIZED,
+        "int32",
+        why_not=own.why_not("int8", activations),
+    )
+
+
 CANDIDATES = (
-    Candidate("torch F.linear", "linear", SIXTEEN, _f_linear),
-    Candidate("torch F.conv2d NCHW", "conv2d", SIXTEEN, _f_conv2d(torch.contiguous_format)),
-    Candidate("torch F.conv2d channels_last", "conv2d", SIXTEEN, _f_conv2d(torch.channels_last)),
+    Candidate("torch F.linear", "linear", SIXTEEN, _f_linear, way=choices.SIXTEEN),
+    *(
+        Candidate(
+            f"torch F.conv2d {name}",
+            "conv2d",
+            SIXTEEN,
+            _f_conv2d(memory_format),
+            way=choices.SIXTEEN,
+        )
+        for name, memory_format in (
+            ("NCHW", torch.contiguous_format),
+            ("channels_last", torch.channels_last),
+        )
+    ),
+    *(
+        Candidate(
+            f"{form} dequantized, {call}",
+            kind,
+            form,
+            own.dequantized(form),
+            SIXTEEN,
+            way=choices.DEQUANTIZED,
+        )
+        for kind, call in (("linear", "F.linear"), ("conv2d", "F.conv2d channels_last"))
+        for form in ("int8", "fp8")
+    ),
+    *(
+        candidate
+        for form in ("int8", "fp8")
+        for activations in (PER_TOKEN, STATIC)
+        for candidate in ours("linear", form, activations)
+    ),
+    *(candidate for form in ("int8", "fp8") for candidate in ours("conv2d", form, STATIC)),
+    ours_sums("linear", PER_TOKEN),
+    ours_sums("conv2d", STATIC),
     Candidate(
-        "comfy-kitchen int8_linear", "linear", "int8", _kitchen_int8, PER_TOKEN, ran=_kitchen_ran
+        "comfy-kitchen int8_linear",
+        "linear",
+        "int8",
+        _kitchen_int8,
+        PER_TOKEN,
+        ran=_kitchen_ran,
+        way=choices.LIBRARY,
     ),
     Candidate(
         "torch._int_mm",
@@ -177,6 +260,7 @@ CANDIDATES = (
         _scaled_mm_layer(STATIC),
         STATIC,
         why_not=_scaled_mm_why_not,
+        way=choices.LIBRARY,
     ),
     Candidate(
         "scaled_mm fp8, per token",
@@ -185,6 +269,7 @@ CANDIDATES = (
         _scaled_mm_layer(PER_TOKEN),
         PER_TOKEN,
         why_not=_scaled_mm_why_not,
+        way=choices.LIBRARY,
     ),
     Candidate(
         "scaled_mm fp8, x quantized before",

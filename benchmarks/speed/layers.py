@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from ...formats.checkpoint import PER_TOKEN
 from ...utils import timing
 from ...utils.speed_report import in_one_line
 from .candidates import CANDIDATES, SIXTEEN, Candidate
-from .problem import PER_TOKEN, Problem
+from .problem import Problem
 from .settings import Plan
 from .shapes import Shape
 
@@ -47,6 +48,7 @@ def measure(
             "activations": candidate.activations,
             "takes": candidate.takes,
             "gives": candidate.gives,
+            "way": candidate.way,
         }
         if failed and candidate.name in failed:
             row["error"] = failed[candidate.name]
@@ -103,7 +105,8 @@ def errors(output: torch.Tensor, problem: Problem, candidate: Candidate) -> dict
     accumulators whether every one is `exact`."""
     if candidate.gives == "int32":
         activations = candidate.activations or PER_TOKEN
-        same = torch.equal(output.long(), problem.accumulators(activations))
+        # of a kernel that dequantizes on its way out: int32 sums rounded to float32 once
+        same = torch.equal(output, problem.accumulators(activations).to(output.dtype))
         return {"accumulators_exact": bool(same)}
     exact = problem.exact(candidate.format, candidate.activations)
     off = output.double() - exact
@@ -127,11 +130,11 @@ def choices(layers: Iterable[dict]) -> list[dict]:
     """
     table = []
     for layer in layers:
-        usable = [row for row in layer["rows"] if _usable(row)]
-        sixteen = [row["median_ms"] for row in usable if row["format"] == SIXTEEN]
+        right = [row for row in layer["rows"] if usable(row)]
+        sixteen = [row["median_ms"] for row in right if row["format"] == SIXTEEN]
         best_16 = min(sixteen, default=None)
-        for same in dict.fromkeys(map(_computes, usable)):
-            rows = (row for row in usable if _computes(row) == same)
+        for same in dict.fromkeys(map(_computes, right)):
+            rows = (row for row in right if _computes(row) == same)
             best = min(rows, key=lambda row: row["median_ms"])
             form, activations, takes = same
             faster = None if best_16 is None else best["median_ms"] < best_16
@@ -155,6 +158,7 @@ def _computes(row: dict) -> tuple[str, str, str]:
     return row["format"], row["activations"], row["takes"]
 
 
-def _usable(row: dict) -> bool:
+def usable(row: dict) -> bool:
+    """Whether a row is measured, right, and a way to run the layer."""
     measured = "median_ms" in row and row["gives"] == "output"
     return measured and row["rms_error"] < WRONG

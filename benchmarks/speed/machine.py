@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-import re
 
 import comfy_kitchen
 import torch
 
+from ...kernels import choices
 from ...quantize.engine import versions
 from ..file_size import cpu_name
 
@@ -52,4 +52,4 @@ def describe() -> dict:
 def slug(facts: dict, quick: bool) -> str:
     """For a file's name: nvidia-h200, cpu-amd-epyc_quick."""
     name = facts["gpu"] or f"cpu {facts['cpu']}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ("_quick" if quick else "")
+    return choices.slug(name) + ("_quick" if quick else "")

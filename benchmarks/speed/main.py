@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...devtools.common import say
-from . import arms, worker
+from . import arms, choice_table, worker
 from .run import Run
 from .settings import ALL, FAMILIES, setting
 
@@ -35,4 +35,7 @@ def main(args) -> int:
         raise
     finally:
         say(f"Written to {run.path} and {run.path.with_suffix('.md').name}")
+    said = choice_table.write(run.result, run.path.parent, install=args.out is None)
+    if said is not None:
+        say(said)
     return 0

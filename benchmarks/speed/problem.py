@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from ...formats import FORMATS
+from ...formats.checkpoint import SIXTEEN, STATIC, Layer
 from ...kernels import fp8, int8
+from ...loaders import layouts
 from .shapes import Shape
 
-PER_TOKEN, STATIC = "per token", "static"
 # one channel in 64 is far above the rest, as after a norm with outlier gains
 OUTLIERS, OUTLIER = 64, 6.0
 
@@ -52,6 +53,11 @@ class Problem:
             for name in ("int8", "fp8")
         }
 
+    def held(self, form: str, channels_last: bool = False):
+        """The weight as a loaded layer holds it, a QuantizedTensor."""
+        weight = layouts.wrap(Layer(form, self.shape.kind), self.stored[form], self.dtype)
+        return layouts.channels_last(weight) if channels_last else weight
+
     def static_scale(self, form: str) -> torch.Tensor:
         """The calibrated scale of x: float32, 0-dim."""
         return FORMATS[form].input_scale(self.x.abs().amax())
@@ -68,11 +74,15 @@ class Problem:
 
     def exact(self, form: str, activations: str) -> torch.Tensor:
         """What a layer of this format must give, in float64, products and sums without rounding
-        (integers exactly). `form` "16 bits": of x and weight as they are."""
-        if form == "16 bits":
+        (integers exactly). `form` SIXTEEN: of x and weight as they are; `activations` SIXTEEN: of x
+        as it is."""
+        if form == SIXTEEN:
             return self._product(self.x.double(), self.weight.double()) + self._channel(self.bias)
-        q, scale = self.quantized(form, activations)
         stored = self.stored[form]
+        if activations == SIXTEEN:
+            weight = FORMATS[form].dequantize(stored, tuple(self.weight.shape)).double()
+            return self._product(self.x.double(), weight) + self._channel(self.bias)
+        q, scale = self.quantized(form, activations)
         out = self._product(q.double(), stored["weight"].float().double())
         out = out * scale.double() * self._channel(stored["weight_scale"])
         return out + self._channel(self.bias)

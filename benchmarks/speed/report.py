@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...utils.report import megabytes
-from . import arms, limits
+from . import arms, limits, producers
 from .candidates import SIXTEEN
 
 NAMES = {"sdxl": "SDXL", "sd15": "SD1.5"}
@@ -145,6 +145,33 @@ def _candidate_cells(row: dict, best: float | None) -> list[str]:
     return [name, ms(row), f"{row['tflops']:.3g}", ratio, *errors]
 
 
+def producers_table(measured: list[dict]) -> str:
+    """What quantizes on its way out, against PyTorch."""
+    lines = []
+    for producer in measured:
+        where = [producer["kind"], " x ".join(map(str, producer["x"]))]
+        if "error" in producer:
+            lines.append([*where, "", not_measured(producer), *[""] * 5])
+            continue
+        for row in producer["rows"]:
+            ms_, fused = row["ms"], row["ms"].get(producers.FUSED)
+            unfused, plain = ms_[producers.UNFUSED], ms_.get(producers.SIXTEEN)
+            lines.append(
+                [
+                    *where,
+                    f"{row['quantized']}, {row['activations']}",
+                    f"not measured: {row['why_not']}" if fused is None else f"{fused:.4f}",
+                    "" if fused is None else f"{row['gb_s']:.4g}",
+                    f"{unfused:.4f}",
+                    "" if plain is None else f"{plain:.4f}",
+                    _ratio(fused and unfused / fused),
+                    "" if fused is None else f"{row['error']:.1e}",
+                ]
+            )
+    head = ["producer", "x", "to", "fused, ms", "GB/s", "unfused, ms", "16 bits, ms"]
+    return table([*head, "over unfused", "error"], lines)
+
+
 def choices_table(choices: list[dict]) -> str:
     """The choice table, without 16 bits' own rows."""
     lines = [
@@ -220,6 +247,8 @@ def _family(name: str, family: dict, where: dict) -> list[str]:
     if family["layers"]:
         lines += [layers_table(family["layers"]), "", "### Fastest by shape", ""]
         lines += [choices_table(family["choices"])]
+        lines += ["", "### What quantizes on its way out", ""]
+        lines += [producers_table(family["producers"])]
     else:
         reason = family.get("layers_why_not", "the run ended before them")
         lines += [f"Not measured: {reason}."]

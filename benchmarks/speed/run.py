@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ...utils import timing
-from . import arms, layers, machine, report, shapes
+from . import arms, layers, machine, producers, report, shapes
 from .processes import Failed, Worker
 from .settings import Plan, Setting
 
@@ -55,6 +55,7 @@ class Run:
             "gflop": shapes.gflop(counts),
             "layers": [],
             "choices": [],
+            "producers": [],
             "arms": {},
         }
         self.result["families"][setting.family] = entry
@@ -80,6 +81,9 @@ class Run:
                 entry["choices"] = layers.choices(entry["layers"])
                 self.say(f"{setting.family} layer {number}/{len(counts)}: {shape.key}")
                 self.write()
+            for asked in producers.of(counts):
+                entry["producers"].append(asked | worker.measure(asked))
+            self.say(f"{setting.family}: {len(entry['producers'])} producers")
 
 
 class LayerWorker:

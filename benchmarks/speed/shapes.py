@@ -31,6 +31,16 @@ class Linear:
         return f"linear {self.m}x{self.n}x{self.k}"
 
     @property
+    def weight(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.n, self.k
+
+    @property
+    def rows(self) -> int:
+        """M of the matrix product."""
+        return self.m
+
+    @property
     def flop(self) -> int:
         """Multiplications and additions."""
         return 2 * self.m * self.n * self.k
@@ -62,10 +72,20 @@ class Conv:
         return tuple((x + 2 * self.padding - self.r) // self.stride + 1 for x in (self.h, self.w))
 
     @property
+    def weight(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.k, self.c, self.r, self.r
+
+    @property
+    def rows(self) -> int:
+        """M of the matrix product: pixels of the output."""
+        p, q = self.out
+        return self.batch * p * q
+
+    @property
     def flop(self) -> int:
         """Multiplications and additions."""
-        p, q = self.out
-        return 2 * self.batch * p * q * self.k * self.c * self.r * self.r
+        return 2 * self.rows * self.k * self.c * self.r * self.r
 
 
 Shape = Linear | Conv

@@ -17,7 +17,7 @@ import torch._dynamo.utils
 from ...quantize.quality import sqnr_db
 from ...utils import kernel_split, timing
 from ...utils.speed_report import in_one_line
-from . import arms, layers, making, shapes
+from . import arms, layers, making, producers, shapes
 from .settings import Setting
 
 REFERENCE = "eager_output.pt"
@@ -66,8 +66,10 @@ def _make(spec: dict, setting: Setting, folder: Path) -> dict:
 
 
 def _layer(asked: dict, device: torch.device, setting: Setting) -> dict:
-    shape = shapes.of_dict(asked["shape"])
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if asked["shape"]["kind"] in producers.NAMES:
+        return {"rows": producers.measure(asked["shape"], device, dtype, setting.plan)}
+    shape = shapes.of_dict(asked["shape"])
     try:
         return {"rows": layers.measure(shape, device, dtype, setting.plan, asked["failed"])}
     except layers.ContextLost as lost:
