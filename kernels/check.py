@@ -6,29 +6,45 @@ in the log and other kernels run, not an error in the middle of a picture.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from . import backends, gemm
 
 KINDS = ("int8", "fp8")
+_known: dict[tuple[torch.device, str], str | None] = {}
 
 
-@functools.cache
 def why_not(device: torch.device, kind: str) -> str | None:
-    """The reason our Triton kernels of a kind ("int8", "fp8") are not used on a device, or None."""
-    reason = gemm.why_not(kind, device)
-    if reason is not None:
-        return reason
+    """The reason our Triton kernels of a kind ("int8", "fp8") are not used on a device, or None.
+
+    The answer is kept for the process, but for that of a device whose memory is full.
+    """
+    if (device, kind) not in _known:
+        reason = gemm.why_not(kind, device)
+        if reason is None:
+            try:
+                reason = _reason(device, kind)
+            except torch.OutOfMemoryError as error:
+                return f"no memory was left to try Triton's kernels ({_in_one_line(error)})"
+        _known[device, kind] = reason
+    return _known[device, kind]
+
+
+def _reason(device: torch.device, kind: str) -> str | None:
     try:
         wrong = differing(device, kind)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a compiler, a linker or a driver raises
-        text = " ".join(str(error).split())
-        return f"Triton failed to run a kernel here ({type(error).__name__}: {text[:300]})"
+        name = type(error).__name__
+        return f"Triton failed to run a kernel here ({name}: {_in_one_line(error)})"
     if wrong:
         return f"Triton's {', '.join(wrong)} differ here from the exact reference"
     return None
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def differing(device: torch.device, kind: str) -> list[str]:

@@ -63,7 +63,16 @@ def why_not(device: torch.device, kind: str, width: int) -> str | None:
             f"quantizing to {kind} in Triton needs compute capability {needed[0]}.{needed[1]}, "
             f"found {found[0]}.{found[1]}"
         )
+    if kind == "fp8" and found[0] == 12 and _triton_version() < (3, 5):
+        return "Triton older than 3.5 multiplies fp8 in 16 bits on this GPU: update PyTorch"
     return None
+
+
+def _triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def tile(width: int, whole_row: bool) -> tuple[int, int]:

@@ -13,7 +13,8 @@ import triton.language as tl
 from .triton_quantize import round_as, store_quantized
 
 
-@triton.jit
+# what changes with the picture's size or batch is no reason to compile anew
+@triton.jit(do_not_specialize=["pixels"])
 def statistics(
     x, partial, pixels, channels,
     GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, STRETCHES: tl.constexpr,
@@ -92,7 +93,7 @@ def combined(
     return mean, tl.math.div_rn(1.0, deviation)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "pixels", "length"])
 def normalize(
     x, partial, weight, bias, scale, q, images, pixels, channels, length, eps,
     GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, STRETCHES: tl.constexpr, NEAR: tl.constexpr,

@@ -84,7 +84,8 @@ def _epilogue(acc, rows, cols, m, n, a_scale, b_scale, bias, row_bias, rows_per_
     _store(y, out, out_scale, at, inside, QUANTIZE)
 
 
-@triton.jit
+# what changes with the picture's size or batch is no reason to compile anew
+@triton.jit(do_not_specialize=["m"])
 def matmul(a, b0, b1, b2, a_scale, s0, s1, s2, bias0, bias1, bias2, residual, out, out_scale,
            m, n, k, INTEGER: tl.constexpr, DTYPE: tl.constexpr, PER_ROW: tl.constexpr,
            PER_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -130,7 +131,7 @@ def matmul(a, b0, b1, b2, a_scale, s0, s1, s2, bias0, bias1, bias2, residual, ou
                   DTYPE, PER_ROW, PER_CHANNEL, HAS_BIAS, False, HAS_RESIDUAL, QUANTIZE)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def matmul_geglu(a, b, a_scale, b_scale, bias, out, out_scale, m, n, k, INTEGER: tl.constexpr,
                  DTYPE: tl.constexpr, PER_ROW: tl.constexpr, PER_CHANNEL: tl.constexpr,
                  HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, EVEN: tl.constexpr,
@@ -168,7 +169,7 @@ def matmul_geglu(a, b, a_scale, b_scale, bias, out, out_scale, m, n, k, INTEGER:
     _store(y, out, out_scale, at, (rows < m)[:, None] & (cols < n)[None, :], QUANTIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "height", "width", "p", "q"])
 def conv2d(x, w, x_scale, w_scale, bias, row_bias, residual, out, out_scale,
            images, height, width, channels, n, p, q, stride_h, stride_w, pad_h, pad_w, step_h, step_w,
            R: tl.constexpr, S: tl.constexpr, INTEGER: tl.constexpr, DTYPE: tl.constexpr,
@@ -220,7 +221,7 @@ def conv2d(x, w, x_scale, w_scale, bias, row_bias, residual, out, out_scale,
                   QUANTIZE)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m", "rows_per_image"])
 def reduce(parts, a_scale, b_scale, bias, row_bias, residual, out, out_scale, m, n, rows_per_image,
            INTEGER: tl.constexpr, DTYPE: tl.constexpr, PER_ROW: tl.constexpr,
            PER_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ROW_BIAS: tl.constexpr,

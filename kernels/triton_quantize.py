@@ -83,7 +83,8 @@ def times_pre_quant_scale(v, pre_quant_scale, column, k, x):
     return round_as(v * round_as(factor, x)[None, :], x)
 
 
-@triton.jit
+# what changes with the picture's size or batch is no reason to compile anew
+@triton.jit(do_not_specialize=["m"])
 def quantize_rows(
     x, pre_quant_scale, scale, q, m, k,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_TOKEN: tl.constexpr,
@@ -96,7 +97,7 @@ def quantize_rows(
     store_quantized(v, q, scale, offsets, inside, row, row < m, PER_TOKEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def layer_norm(
     x, weight, bias, pre_quant_scale, scale, q, m, k, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_TOKEN: tl.constexpr,
@@ -119,7 +120,7 @@ def layer_norm(
     store_quantized(v, q, scale, offsets, inside, row, row < m, PER_TOKEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def geglu(
     h, pre_quant_scale, scale, q, m, k,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PER_TOKEN: tl.constexpr,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import comfy.model_management
 import comfy_kitchen
 import torch
@@ -11,38 +13,34 @@ from ..utils import capability
 from ..utils.capability import GPU
 
 
-def describe(device: torch.device, try_kernels: bool = True) -> GPU:
+def describe(device: torch.device, kinds: Collection[str] = check.KINDS) -> GPU:
     """What this device and its software can do.
 
-    try_kernels: run our Triton kernels once, which compiles them if this is the first time (seconds).
+    kinds: of our Triton kernels ("int8", "fp8"), to try: each runs once, which compiles it if this is
+    the first time (seconds). Others are taken to work.
     """
     torch_version = _version(torch.__version__)
     if device.type != "cuda" or torch.version.hip:
         name = "AMD GPU" if torch.version.hip else {"cpu": "the CPU"}.get(device.type, device.type)
         return GPU(device.type, name, torch=torch_version)
     backends = comfy_kitchen.list_backends()
+    found = torch.cuda.get_device_capability(device)
+    tried = [kind for kind in kinds if found >= capability.OURS[kind]]
+    reasons = {kind: check.why_not(device, kind) for kind in tried}
     return GPU(
         "cuda",
         torch.cuda.get_device_name(device),
-        torch.cuda.get_device_capability(device),
+        found,
         _version(torch.version.cuda),
         frozenset(n for n, b in backends.items() if b["available"] and not b["disabled"]),
         torch_version,
-        _why_no_triton(device) if try_kernels else "",
+        {kind: reason for kind, reason in reasons.items() if reason},
     )
 
 
-def _why_no_triton(device: torch.device) -> str:
-    """Why our kernels do not run on this CUDA device, of the kinds that its capability has."""
-    found = torch.cuda.get_device_capability(device)
-    kinds = [kind for kind in check.KINDS if found >= capability.OURS[kind]]
-    reasons = [check.why_not(device, kind) for kind in kinds]
-    return next((reason for reason in reasons if reason), "")
-
-
-def current(try_kernels: bool = True) -> GPU:
+def current(kinds: Collection[str] = check.KINDS) -> GPU:
     """The device ComfyUI computes on."""
-    return describe(comfy.model_management.get_torch_device(), try_kernels)
+    return describe(comfy.model_management.get_torch_device(), kinds)
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -14,9 +14,9 @@ from ..formats import FORMATS
 from ..formats.checkpoint import Layer
 from ..kernels.backends import Backend
 from ..kernels.producers import DTYPES
+from ..utils.capability import PRODUCTS
 
-# format -> what its activations and products are
-KINDS = {"int8": "int8", "fp8": "fp8", "w4a8": "fp8"}
+KINDS = PRODUCTS
 NHWC = torch.channels_last
 # modules whose input a fused block has in 8 bits already. One quantized input for several layers:
 SHARED = ("*.attn1.to_[qkv]", "*.attn2.to_[kv]")

@@ -2,22 +2,31 @@
 quantize what they write, products add biases, time embeddings and residuals.
 
 A block's class is replaced by one of these when its MODEL is loaded. Layer by layer, a call falls
-back to the ordinary way where a layer has a LoRA's branch, a patch on its weight or another kernel;
-transformer blocks as a whole where attention patches touch them. Both ways round at the same places.
+back to the ordinary way where a layer has a LoRA's branch, a patch on its weight, a replaced `forward`
+or another kernel; blocks as a whole where attention patches, other packs' replacements of ComfyUI's
+functions or a gradient need them. Both ways round at the same places.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 
 import comfy.ops
 import torch
 from comfy.ldm.modules import attention
-from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, SpatialTransformer
+from comfy.ldm.modules.attention import (
+    GEGLU,
+    BasicTransformerBlock,
+    CrossAttention,
+    FeedForward,
+    SpatialTransformer,
+)
+from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.nn import functional as F
 
-from .ops import QuantizedOp
+from .ops import QuantizedOp, untouched
 
 NHWC = torch.channels_last
 # patches of a transformer block, by their names in `transformer_options["patches"]`
@@ -57,6 +66,12 @@ def _plain_transformer(block: BasicTransformerBlock) -> bool:
 
 def _fusable(layer: torch.nn.Module) -> bool:
     return isinstance(layer, QuantizedOp) and layer.fusable()
+
+
+def _stock(function: Callable, module: ModuleType) -> bool:
+    """Whether a function is ComfyUI's own: other packs put theirs into its classes."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == module.__file__
 
 
 def _group(layers: Sequence[torch.nn.Module]) -> tuple | None:
@@ -132,7 +147,12 @@ def _product(layer: QuantizedOp, q, scale, dtype, residual=None) -> torch.Tensor
 
 
 def _products(layers: Sequence[QuantizedOp], q, scale, dtype) -> Sequence[torch.Tensor]:
-    """One `_product` for each of several layers without a residual, in one launch."""
+    """One `_product` for each of several layers without a residual, in one launch.
+
+    Not of weights that are brought for the call: ComfyUI's buffers hold no more than two at once.
+    """
+    if any(layer.weight.device != q.device for layer in layers):
+        return [_product(layer, q, scale, dtype) for layer in layers]
     eight_bit = layers[0].kernel.eight_bit
     casts = [layer.cast(q.device, dtype) for layer in layers]
     operands = [eight_bit.operand(weight) for weight, _, _ in casts]
@@ -184,7 +204,7 @@ def _several(
     norm, x: torch.Tensor, layers: Sequence[torch.nn.Module], shared: bool
 ) -> Sequence[torch.Tensor]:
     """layer(norm(x)) of each layer."""
-    if shared and all(_fusable(layer) for layer in layers):
+    if shared and untouched(norm) and all(_fusable(layer) for layer in layers):
         q, scale = _layer_norm(norm, x, layers[0])
         if len(layers) == 1:
             return [_product(layers[0], q, scale, x.dtype)]
@@ -236,7 +256,9 @@ class FusedTransformerBlock(BasicTransformerBlock):
         self.context_shared = self.context_group is not None
 
     def forward(self, x, context=None, transformer_options={}):  # noqa: B006  ComfyUI's signature
-        if context is None or self._patched(transformer_options):
+        if context is None or self._patched(transformer_options) or not self._stock_inside():
+            return super().forward(x, context, transformer_options)
+        if x.requires_grad or context.requires_grad:
             return super().forward(x, context, transformer_options)
         return (self.runner or FusedTransformerBlock.run)(self, x, context, transformer_options)
 
@@ -249,6 +271,14 @@ class FusedTransformerBlock(BasicTransformerBlock):
         k, v = _context(self, context, transformer_options)
         x = _linear(two.to_out[0], self._attend(two, q, k, v, transformer_options), x)
         return self._feed_forward(x)
+
+    def _stock_inside(self) -> bool:
+        """Whether what `run` takes apart is ComfyUI's, called in ComfyUI's way."""
+        parts = ((self.attn1, CrossAttention), (self.attn2, CrossAttention), (self.ff, FeedForward))
+        return all(type(m) is kind and untouched(m) for m, kind in parts) and all(
+            _stock(kind.forward, attention)
+            for kind in (BasicTransformerBlock, CrossAttention, FeedForward, GEGLU)
+        )
 
     def _patched(self, options: Mapping) -> bool:
         patches = options.get("patches", {})
@@ -271,7 +301,8 @@ class FusedTransformerBlock(BasicTransformerBlock):
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         first, last = self.ff.net[0].proj, self.ff.net[2]
-        if not (self.shared[2] and _fusable(first)):
+        whole = untouched(self.norm3) and untouched(self.ff.net[0])
+        if not (self.shared[2] and whole and _fusable(first)):
             return self.ff(self.norm3(x)) + x
         q, scale = _layer_norm(self.norm3, x, first)
         eight_bit = first.kernel.eight_bit
@@ -305,18 +336,20 @@ class FusedResBlock(ResBlock):
     runner = None
 
     def _forward(self, x, emb):
+        if x.requires_grad or emb.requires_grad or not _stock(ResBlock._forward, openaimodel):
+            return super()._forward(x, emb)
         return (self.runner or FusedResBlock.run)(self, x.contiguous(memory_format=NHWC), emb)
 
     def run(self, x, emb):
         """The block on channels-last pixels."""
         first, last = self.in_layers[2], self.out_layers[3]
-        time = self.emb_layers(emb).to(x.dtype)
+        time = self.emb_layers(emb).to(x.dtype).expand(len(x), -1)
         h = self._half(self.in_layers[0], first, x, row_bias=time)
         return self._half(self.out_layers[0], last, h, residual=self.skip_connection(x))
 
     def _half(self, norm, conv, x, row_bias=None, residual=None) -> torch.Tensor:
         """conv(silu(norm(x))) plus a time embedding [N, K] or a residual [N, K, H, W]."""
-        if _fusable(conv):
+        if _fusable(conv) and untouched(norm):
             q, scale = _group_norm(norm, x, True, conv)
             return _conv(conv, q, scale, x.dtype, row_bias, residual)
         out = conv(F.silu(norm(x)))
@@ -325,6 +358,8 @@ class FusedResBlock(ResBlock):
 
 class FusedSpatialTransformer(SpatialTransformer):
     def forward(self, x, context=None, transformer_options={}):  # noqa: B006  ComfyUI's signature
+        if x.requires_grad or not _stock(SpatialTransformer.forward, attention):
+            return super().forward(x, context, transformer_options)
         if not isinstance(context, list):
             context = [context] * len(self.transformer_blocks)
         transformer_options["activations_shape"] = list(x.shape)
@@ -340,7 +375,12 @@ class FusedSpatialTransformer(SpatialTransformer):
 
     def _project_in(self, x: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         layer = self.proj_in
-        if _fusable(layer):
+        # a GroupNorm's kernel does not multiply by a smoothing scale
+        if (
+            _fusable(layer)
+            and layer.weight._params.pre_quant_scale is None
+            and untouched(self.norm)
+        ):
             q, scale = _group_norm(self.norm, x, False, layer)
             return _product(layer, q.permute(0, 2, 3, 1).flatten(1, 2), scale, x.dtype)
         normal = self.norm(x)

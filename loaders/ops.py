@@ -135,7 +135,7 @@ class QuantizedOp:
         """Whether what comes before this layer may quantize its input: nothing here needs it whole."""
         if self.kernel is None or self.kernel.eight_bit is None:
             return False
-        if self.weight_function or self.bias_function:
+        if self.weight_function or self.bias_function or not untouched(self):
             return False
         params = self.weight._params
         return (
@@ -187,6 +187,13 @@ class QuantizedOp:
         """The calibrated activation scale; None where each token has its own."""
         scale = getattr(self, "input_scale", None)
         return None if scale is None else scale.to(device)
+
+
+def untouched(module: torch.nn.Module) -> bool:
+    """Whether calling `module` runs its class's own `forward` and nothing else: ComfyUI's bypass LoRAs
+    and other packs replace it. One that was taken back may have left the class's own in the module."""
+    own = getattr(module.forward, "__func__", None) is type(module).forward
+    return own and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _branch(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from ..formats import files
 from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
 from ..kernels.backends import Backend
-from ..utils.capability import GPU
+from ..utils.capability import GPU, PRODUCTS
 from ..utils.progress import progress
 from . import compiling, dispatch, fused, layouts, ops, simulation
 from .device import describe
@@ -73,7 +73,9 @@ def load(
     )
     tensors = _seen_by_detection(checkpoint, compute_dtype)
     as_stock = checkpoint.opens_in_stock
-    gpu = describe(device)
+    gpu = describe(
+        device, {PRODUCTS[x.format] for x in checkpoint.layers.values() if x.format in PRODUCTS}
+    )
     if arithmetic == dispatch.AUTO and device.type == "cpu" and checkpoint.header.get("imported"):
         arithmetic = dispatch.FAKE  # there is no kernel to win, and this is what ModelOpt computes
     operations = ops.quantized_ops(

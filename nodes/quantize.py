@@ -157,7 +157,7 @@ class Quantize(io.ComfyNode):
             except ValueError as error:
                 return str(error)
             # while a workflow is checked, the server answers nobody: no kernels are compiled here
-            gpu = device.current(try_kernels=False)
+            gpu = device.current(kinds=())
             found = capability.support(recipe.format, "linear", gpu)
             if found.level == capability.REFUSED:
                 return f"{found.why}: choose another format"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 NATIVE, EMULATED, REFUSED = "native", "emulated", "refused"
 
@@ -29,14 +30,16 @@ NEEDS = {
 FLOAT8 = ("fp8", "fp8_e5m2", "mxfp8", "nvfp4", "w4a8")
 # our Triton kernels (Linear and convolution): format -> first compute capability
 OURS = {"int8": (8, 0), "fp8": (8, 9), "w4a8": (8, 9)}
+# format -> what is multiplied in them
+PRODUCTS = {"int8": "int8", "fp8": "fp8", "w4a8": "fp8"}
 
 
 @dataclass(frozen=True)
 class GPU:
     """What decides. capability: None where it is not an NVIDIA GPU. cuda: of the torch build.
 
-    backends: comfy-kitchen's that are enabled. torch: its version. no_triton: why our Triton kernels
-    do not run here, "" if they do.
+    backends: comfy-kitchen's that are enabled. torch: its version. no_triton: "int8" or "fp8" -> why
+    our Triton kernels of that kind do not run here, where they do not.
     """
 
     device: str
@@ -45,12 +48,12 @@ class GPU:
     cuda: tuple[int, int] | None = None
     backends: frozenset[str] = frozenset()
     torch: tuple[int, int] = (2, 11)
-    no_triton: str = ""
+    no_triton: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self, name: str) -> bool:
         """Whether our Triton kernels compute layers of this format here."""
         fits = self.capability is not None and name in OURS and self.capability >= OURS[name]
-        return fits and not self.no_triton
+        return fits and PRODUCTS[name] not in self.no_triton
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def _no_convolution(name: str, gpu: GPU) -> str:
         return f"there is no {name} convolution kernel"
     if gpu.capability < OURS[name]:
         return _too_old(f"an {name} convolution kernel", OURS[name], gpu)
-    return f"the {name} convolution kernel needs Triton: {gpu.no_triton}"
+    return f"the {name} convolution kernel needs Triton: {gpu.no_triton[PRODUCTS[name]]}"
 
 
 def _software(name: str, gpu: GPU) -> Support:

@@ -83,7 +83,7 @@ def test_a_library_where_it_is_faster_than_what_would_run(write):
 
 def test_without_triton_16_bits_against_the_library(write):
     write({("int8", "linear", "per token", LINEAR): SLOW | {LIBRARY: 2.0}})
-    without = dataclasses.replace(HERE, no_triton="no C compiler")
+    without = dataclasses.replace(HERE, no_triton={"int8": "no C compiler"})
     assert "1 against 2 ms" in choose("int8", "linear", without).why
     turing = dataclasses.replace(HERE, capability=(7, 5))
     assert choose("int8", "linear", turing).level == "dequantized"
@@ -106,7 +106,7 @@ def test_what_is_asked_for_is_not_overruled(write):
 def test_library_kernels_only():
     convolution = choose("int8", "conv2d", arithmetic=dispatch.LIBRARY)
     assert convolution.name == "int8 conv2d: exact reference"
-    assert dispatch.LEFT_OUT in convolution.why
+    assert dispatch.LEFT_OUT["int8"] in convolution.why
     assert choose("fp8", "linear", arithmetic=dispatch.LIBRARY).name == "fp8 linear: comfy-kitchen"
     cpu = GPU("cpu", "the CPU")
     for form in ("int8", "fp8"):
@@ -117,7 +117,7 @@ def test_library_kernels_only():
 
 def test_the_log_and_the_report_say_so(write, quantized, monkeypatch, caplog):
     """The facts of a GPU that is not here; the file, its loading and the table are real."""
-    monkeypatch.setattr(loader, "describe", lambda device: HERE)
+    monkeypatch.setattr(loader, "describe", lambda device, kinds: HERE)
     half = lambda *_: torch.float16  # noqa: E731
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", half)
     made = quantized(Recipe("int8")).checkpoint
@@ -152,7 +152,7 @@ def test_the_log_and_the_report_say_so(write, quantized, monkeypatch, caplog):
 
 def test_a_unet_of_all_ways_is_as_near_to_16_bits(write, quantized, sd15, monkeypatch):
     """Fused blocks with some layers dequantized and some on a library's kernel."""
-    monkeypatch.setattr(loader, "describe", lambda device: HERE)
+    monkeypatch.setattr(loader, "describe", lambda device, kinds: HERE)
     half = lambda *_: torch.float16  # noqa: E731
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", half)
     monkeypatch.setattr(backends, "triton", lambda: backends.REFERENCE)  # the same, and quick

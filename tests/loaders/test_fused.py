@@ -14,9 +14,12 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
+from comfyui_modelopt.devtools import synthetic
 from comfyui_modelopt.kernels import backends, check
 from comfyui_modelopt.loaders import fused
 from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.quantize import engine
+from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.quality import sqnr_db
 from comfyui_modelopt.quantize.recipe import Recipe
 
@@ -242,6 +245,119 @@ def test_triton_gives_what_the_reference_gives(quantized, recipe):
     assert len(kinds) == 2
 
 
+def replaced(layer, *ignored):
+    """As ComfyUI's bypass LoRAs: another forward, which calls the layer's own."""
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: own(*args, **kwargs) * 1.5
+
+
+def hooked(layer, *ignored):
+    layer.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def pack_of_others(layer, block, monkeypatch):
+    """A pack that puts its own function into ComfyUI's class."""
+    own = type(block.attn1).forward
+    monkeypatch.setattr(
+        type(block.attn1), "forward", lambda self, *args, **kw: own(self, *args, **kw) * 1.5
+    )
+
+
+PLACES = ["attn1.to_q", "attn2.to_k", "ff.net.2", "ff.net.0", "norm3", "attn1"]
+TOUCHED = [(how, where) for how in (replaced, hooked) for where in PLACES]
+
+
+@pytest.mark.parametrize(("how", "where"), [*TOUCHED, (pack_of_others, "attn1")])
+def test_what_others_put_into_modules_is_called(quantized, monkeypatch, how, where):
+    made, name = quantized(Recipe("int8")), "middle_block.1.transformer_blocks.0"
+    models = [load(made, fuse) for fuse in (False, True)]
+    args, kwargs, before = calls(models[0], made.records[0])[name]
+    results = []
+    for model in models:
+        block = blocks(model)[name]
+        with monkeypatch.context() as patch:
+            how(block.get_submodule(where), block, patch)
+            with torch.inference_mode():
+                results.append(block(*args, **kwargs))
+    plain, fast = results
+    assert relative(fast, plain) < 1e-3
+    assert relative(plain, before) > 0.01  # it does something
+
+
+def test_gradients_go_the_ordinary_way(quantized):
+    made = quantized(Recipe("int8"))
+    models = [load(made, fuse) for fuse in (False, True)]
+    seen = calls(models[0], made.records[0])
+    for name, kind in (("middle_block.1.transformer_blocks.0", 3), ("middle_block.0", 4)):
+        args, kwargs, _ = seen[name]
+        assert args[0].ndim == kind
+        found = []
+        for model in models:
+            x = args[0].clone().requires_grad_()
+            rest = [a.clone() if torch.is_tensor(a) else a for a in args[1:]]
+            with torch.inference_mode(False), torch.enable_grad():
+                blocks(model)[name](x, *rest, **kwargs).square().sum().backward()
+            found.append(x.grad)
+        assert relative(found[1], found[0]) < 1e-5
+
+
+def test_weights_brought_for_a_call_are_multiplied_one_by_one(quantized, monkeypatch):
+    """ComfyUI has two buffers for offloaded weights: a third one's cast overwrites the first."""
+    made = quantized(Recipe("int8"))
+    backend, counts = counting(backends.REFERENCE)
+    model = load(made, True, backend)
+    block = blocks(model)["middle_block.1.transformer_blocks.0"]
+    args, kwargs, wanted = calls(model, made.records[0])["middle_block.1.transformer_blocks.0"]
+    events = []
+    for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+        for name in ("cast", "uncast"):
+            own = getattr(layer, name)
+            monkeypatch.setattr(
+                layer, name, lambda *a, own=own, name=name: (events.append(name), own(*a))[1]
+            )
+    counts.clear()
+    with torch.inference_mode():
+        assert torch.equal(block(*args, **kwargs), wanted)
+    assert events == ["cast"] * 3 + ["uncast"] * 3 and counts["grouped_scaled_mm"] == 2
+    events.clear()
+    counts.clear()
+    elsewhere = property(lambda self: torch.device("meta"))
+    monkeypatch.setattr(type(block.attn1.to_q.weight), "device", elsewhere)
+    monkeypatch.setattr(
+        type(block.attn1.to_q), "cast", lambda layer, *ignored: (layer.weight, layer.bias, None)
+    )
+    with torch.inference_mode():
+        assert torch.equal(block(*args, **kwargs), wanted)
+    assert counts["grouped_scaled_mm"] == 0
+
+
+@pytest.mark.parametrize("recipe", [Recipe("int8", "smoothquant", 0.5), Recipe("fp8")], ids=name_of)
+def test_projections_that_are_linear_layers(recipe):
+    """As in SDXL and SD2: proj_in stands behind a GroupNorm, and may be smoothed."""
+    source = comfy.sd.load_diffusion_model_state_dict(synthetic.unet_state_dict("sd2"))
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(1, 77, 1024, generator=generator)
+    _, calibration = sampling.record(
+        source,
+        **{"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"},
+        positive=[[context, {}]],
+        negative=[[context * 0.5, {}]],
+        latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+        denoise=1.0,
+        max_records=4,
+    )
+    made = engine.quantize_model(source, recipe, calibration)
+    plain, fast = load(made, False), load(made, True)
+    there, found = blocks(fast), 0
+    for name, (args, kwargs, _) in calls(plain, made.records[0]).items():
+        args = [channels_last(value) for value in args]
+        with torch.inference_mode():
+            wanted = blocks(plain)[name](*args, **kwargs)
+            assert relative(there[name](*args, **kwargs), wanted) < 1e-3, name
+        found += isinstance(there[name], fused.FusedSpatialTransformer) and there[name].use_linear
+    assert found
+
+
 def test_nothing_is_kept_between_calls(quantized):
     """The quantized context belongs to one UNet call: another one's is not taken for it."""
     made = quantized(Recipe("int8"))
@@ -274,7 +390,18 @@ def test_the_check_tells_what_failed(monkeypatch):
 
     broken = dataclasses.replace(backends.triton(), conv2d=compiler_is_missing)
     monkeypatch.setattr(backends, "triton", lambda: broken)
-    check.why_not.cache_clear()
+    monkeypatch.setattr(check, "_known", {})
     reason = check.why_not(torch.device("cpu"), "int8")
-    check.why_not.cache_clear()
     assert "RuntimeError: Failed to find C compiler. Please specify via CC" in reason
+
+
+def test_the_check_does_not_remember_a_full_gpu(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(check, "_known", {})
+    with monkeypatch.context() as patch:
+        broken = dataclasses.replace(backends.triton(), conv2d=full)
+        patch.setattr(backends, "triton", lambda: broken)
+        assert "no memory was left" in check.why_not(torch.device("cpu"), "int8")
+    assert check.why_not(torch.device("cpu"), "int8") is None

@@ -74,7 +74,11 @@ def test_convolutions_on_every_architecture(card, name):
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 @pytest.mark.parametrize("name", ["int8", "fp8", "w4a8"])
 def test_without_triton_the_reason_is_told(name, kind):
-    gpu = dataclasses.replace(CARDS["Ada"], no_triton="Triton failed here (no C compiler)")
+    product = "int8" if name == "int8" else "fp8"
+    reason = {product: "Triton failed here (no C compiler)"}
+    gpu = dataclasses.replace(CARDS["Ada"], no_triton=reason)
+    other = "fp8" if name == "int8" else "int8"
+    assert gpu.runs(other) and not gpu.runs(name)
     found = support(name, kind, gpu)
     kernel = dispatch.choose(layer(name, kind), gpu, as_stock=False)
     assert kernel.eight_bit is None
@@ -122,7 +126,7 @@ def test_no_gpu_emulates(name):
     [
         (
             "int8",
-            GPU("cuda", "RTX 3090", (8, 6), (12, 8), no_triton="Triton is not installed"),
+            GPU("cuda", "RTX 3090", (8, 6), (12, 8), no_triton={"int8": "Triton is not installed"}),
             NATIVE,
             "CUDA 13 build",
         ),
