@@ -64,9 +64,8 @@ def matmul(kind, capability, m, n, k, groups=1) -> Request:
     }  # fmt: skip
     constants = epilogue(kind, PER_ROW=kind == "int8", HAS_RESIDUAL=groups == 1, GROUPS=groups,
                          SPLIT=chosen.split, **shapes_of(chosen))  # fmt: skip
-    odd = () if m % 16 == 0 else ("m",)
     return Request(
-        MODULE, "matmul", arguments, constants, capability, chosen.warps, chosen.stages, odd
+        MODULE, "matmul", arguments, constants, capability, chosen.warps, chosen.stages, ("m",)
     )
 
 
@@ -80,7 +79,14 @@ def geglu(kind, capability, m, n, k) -> Request:
     constants = epilogue(kind, PER_ROW=kind == "int8", **shapes_of(chosen))
     constants["QUANTIZE"] = 1 if kind == "int8" else 2
     return Request(
-        MODULE, "matmul_geglu", arguments, constants, capability, chosen.warps, chosen.stages
+        MODULE,
+        "matmul_geglu",
+        arguments,
+        constants,
+        capability,
+        chosen.warps,
+        chosen.stages,
+        ("m",),
     )
 
 
@@ -88,31 +94,17 @@ def conv(kind, capability, images, size, c, k, stride=1) -> Request:
     m = images * (size // stride) ** 2
     chosen = tiles.choose(m, k, c, chip(capability), taps=9, widest=128)
     p = POINTER[kind]
-    integers = [
-        "images",
-        "height",
-        "width",
-        "channels",
-        "n",
-        "p",
-        "q",
-        "stride_h",
-        "stride_w",
-        "pad_h",
-        "pad_w",
-        "step_h",
-        "step_w",
-    ]
+    integers = ("images", "height", "width", "p", "q", "stride_h", "stride_w", "pad_h", "pad_w",
+                "step_h", "step_w")  # fmt: skip
     arguments = {
         "x": p, "w": p, "x_scale": "*fp32", "w_scale": "*fp32", "bias": "*fp16",
         "row_bias": "*fp16", "residual": "*fp16", "out": "*fp16" if chosen.split == 1 else SUMS[kind],
-        "out_scale": "*fp32", **dict.fromkeys(integers, "i32"),
+        "out_scale": "*fp32", "channels": "i32", "n": "i32", **dict.fromkeys(integers, "i32"),
     }  # fmt: skip
     constants = epilogue(kind, R=3, S=3, HAS_ROW_BIAS=True, HAS_RESIDUAL=True, SPLIT=chosen.split,
                          **shapes_of(chosen))  # fmt: skip
-    odd = tuple(name for name in integers if name not in ("channels", "n", "height", "width"))
     return Request(
-        MODULE, "conv2d", arguments, constants, capability, chosen.warps, chosen.stages, odd
+        MODULE, "conv2d", arguments, constants, capability, chosen.warps, chosen.stages, integers
     )
 
 
@@ -125,7 +117,8 @@ def reduce(kind, capability) -> Request:
     constants = epilogue(kind, PER_ROW=False, HAS_ROW_BIAS=True, HAS_RESIDUAL=True, SPLIT=8, BM=16,
                          BN=128)  # fmt: skip
     del constants["EVEN"]
-    return Request(MODULE, "reduce", arguments, constants, capability, 4, 2)
+    odd = ("m", "rows_per_image")
+    return Request(MODULE, "reduce", arguments, constants, capability, 4, 2, odd)
 
 
 @functools.cache
