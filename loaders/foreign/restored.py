@@ -37,6 +37,8 @@ class Restored:
                 self.plain[key] = tensor
             else:
                 self.quantizers[owner].tensors[key[len(owner) + 1 :]] = tensor
+        for name, quantizer in self.quantizers.items():
+            _check_belongs(name, self.states[name], quantizer, where)
         self.modules = names.modules(self.plain, where)
         self.steps = len(self.modules)
 
@@ -95,6 +97,27 @@ def _norms(
                 "mtq.disable_quantizer and save again"
             )
     return found
+
+
+def _check_belongs(name: str, states: list[dict], quantizer: Quantizer, where: str) -> None:
+    """That a quantizer's tensors are those its state was saved with: state and weights of two
+    checkpoints may lie in one folder. A sequence of quantizers is checked by its numerics alone."""
+    if len(states) != 1 or not quantizer.enabled:
+        return
+    described = states[0].get("_pytorch_state_metadata")
+    buffers = described.get("buffers") if isinstance(described, Mapping) else None
+    for leaf in ("_amax", "_pre_quant_scale"):
+        if not isinstance(buffers, Mapping) or not isinstance(buffers.get(leaf), Mapping):
+            continue
+        wanted = tuple(buffers[leaf].get("shape", ()))
+        tensor = quantizer.tensors.get(leaf)
+        found = None if tensor is None else tuple(tensor.shape)
+        if found != wanted:
+            raise ValueError(
+                f"{leaf} of {name} must have the shape that ModelOpt's state says, {wanted}, found "
+                f"{'none' if found is None else found} in {where}: state and weights are of two "
+                "checkpoints, get the whole folder again"
+            )
 
 
 def _owner(key: str, quantizers: Mapping[str, Quantizer]) -> str | None:

@@ -758,6 +758,20 @@ FOLDER_DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("names", [("fp8", "int8-smoothquant"), ("int8-smoothquant", "fp8")])
+@pytest.mark.parametrize("what", ["the state", "a shard"])
+def test_parts_of_two_checkpoints(folder_of, tmp_path, names, what):
+    path, other = tmp_path / "mixed", folder_of(names[1])
+    shutil.copytree(folder_of(names[0]), path)
+    first = sorted(f.name for f in path.glob("*.safetensors"))[0]
+    part = {"the state": "modelopt_state.pth", "a shard": first}[what]
+    theirs = sorted(other.glob("*.safetensors"))[0].name if what == "a shard" else part
+    shutil.copy(other / theirs, path / part)
+    with pytest.raises(ValueError, match="two checkpoints|every tensor of the index") as caught:
+        foreign.read(path)
+    assert str(path) in str(caught.value)
+
+
 @pytest.mark.parametrize("name", FOLDER_DAMAGE)
 def test_a_damaged_folder_is_named(folder_of, tmp_path, name):
     path = tmp_path / "copy"
