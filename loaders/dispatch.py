@@ -23,7 +23,7 @@ from . import native, simulation
 from .eight_bit import KINDS, EightBit
 
 AUTO, INTEGER, FAKE, LIBRARY = "auto", "integer", "fake", "library"
-LEFT_OUT = dict.fromkeys(("int8", "fp8"), "this pack's own kernels are left out here")
+LEFT_OUT = dict.fromkeys(("int8", "fp8"), "left out, as asked")
 
 
 @dataclass(frozen=True)

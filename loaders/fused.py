@@ -34,9 +34,8 @@ PATCHES = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "
 CONTEXT = "modelopt_context"
 
 
-def fuse(unet: torch.nn.Module) -> int:
-    """Gives the blocks of a loaded UNet their fused classes; how many blocks got one."""
-    count = 0
+def fuse(unet: torch.nn.Module) -> None:
+    """Gives the blocks of a loaded UNet their fused classes."""
     for module in unet.modules():
         if type(module) is ResBlock and _plain_resblock(module):
             module.__class__ = FusedResBlock
@@ -45,10 +44,6 @@ def fuse(unet: torch.nn.Module) -> int:
             module.find_groups()
         elif type(module) is SpatialTransformer:
             module.__class__ = FusedSpatialTransformer
-        else:
-            continue
-        count += 1
-    return count
 
 
 def _plain_resblock(block: ResBlock) -> bool:

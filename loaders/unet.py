@@ -38,7 +38,8 @@ def read(path: str) -> QuantizedCheckpoint:
 def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
     """File -> ModelPatcher, never the dynamic one (the argument is how ComfyUI reloads a MODEL).
 
-    compiled: its blocks go through torch.compile at the first call. Raises ValueError for a file that is damaged, foreign or too new.
+    compiled: its blocks go through torch.compile at the first call. Raises ValueError for a file that
+    is damaged, foreign or too new.
     """
     step = progress(3)
     checkpoint = read(path)

@@ -31,8 +31,8 @@ class LoadUNet(io.ComfyNode):
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="torch.compile for the UNet's blocks: faster pictures, and the first one "
-                    "takes minutes. Needs Triton and a C compiler. LoRAs and patches keep working; each "
+                    tooltip="torch.compile for the UNet's blocks. The first picture waits for the "
+                    "compiler, minutes perhaps. Needs Triton and a C compiler. LoRAs and patches keep working; each "
                     "new kind of them compiles again.",
                 ),
             ],

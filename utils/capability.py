@@ -81,7 +81,15 @@ def support(name: str, kind: str, gpu: GPU) -> Support:
         return Support(NATIVE)
     if kind == "conv2d":
         return Support(EMULATED, _no_convolution(name, gpu))
-    return _software(name, gpu)
+    return _with_reason(_software(name, gpu), gpu.no_triton.get(PRODUCTS.get(name, "")))
+
+
+def _with_reason(found: Support, reason: str | None) -> Support:
+    """Why a library's kernels run in the place of ours."""
+    if not reason or found.level != NATIVE:
+        return found
+    told = f"this pack's own kernels do not run: {reason}"
+    return Support(NATIVE, f"{found.why}; {told}" if found.why else told)
 
 
 def _too_old(what: str, needed: tuple[int, int], gpu: GPU) -> str:

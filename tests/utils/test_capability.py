@@ -84,6 +84,7 @@ def test_without_triton_the_reason_is_told(name, kind):
     assert kernel.eight_bit is None
     if kind == "linear":
         assert found.level == NATIVE and kernel.name.endswith("comfy-kitchen")
+        assert "no C compiler" in found.why == kernel.why
     else:
         assert found.level == EMULATED and "no C compiler" in found.why == kernel.why
 
