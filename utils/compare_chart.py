@@ -13,6 +13,7 @@ from .compare_report import decibels, layer_words, worst_layers
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 NAMED = 5
+LONGEST = 54  # letters of a name
 
 
 def compare_chart(found) -> torch.Tensor:
@@ -22,8 +23,8 @@ def compare_chart(found) -> torch.Tensor:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 16, "axes.titlesize": 18, "axes.labelsize": 16}):
-        figure = Figure(figsize=(8, 10.5), dpi=100, layout="constrained", facecolor="#fafafa")
-        times, layers, words = figure.subplots(3, 1, height_ratios=(3, 4, 2.1))
+        figure = Figure(figsize=(8, 10), dpi=100, layout="constrained", facecolor="#fafafa")
+        times, layers, words = figure.subplots(3, 1, height_ratios=(3, 4, 1.5))
         _draw_times(times, found)
         _draw_layers(layers, found)
         _write_worst(words, found)
@@ -73,21 +74,7 @@ def _draw_layers(axes, found) -> None:
             label=label,
             zorder=3,
         )
-    places = {one.name: index for index, one in enumerate(found.layers)}
-    for number, one in enumerate(worst_layers(found.layers)[:NAMED], start=1):
-        place = places[one.name]
-        right = place > 0.9 * len(found.layers)
-        axes.annotate(
-            str(number),
-            (place, values[place]),
-            xytext=(-9 if right else 9, -3),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            va="top",
-            fontsize=18,
-            fontweight="bold",
-            zorder=4,
-        )
+    _number_worst(axes, found.layers, values)
     _mark_parts(axes, found.layers)
     low, high = min(values), max(values)
     room = max(high - low, 1.0)
@@ -95,6 +82,26 @@ def _draw_layers(axes, found) -> None:
     axes.set_title("Each layer on the original's input")
     axes.legend(loc="upper center", ncols=2, fontsize=14, framealpha=0.9, handletextpad=0.2)
     _dress(axes)
+
+
+def _number_worst(axes, layers, values: list[float]) -> None:
+    """1 to NAMED beside their points: left of them where another named one or the edge is near."""
+    index = {one.name: place for place, one in enumerate(layers)}
+    places = [index[one.name] for one in worst_layers(layers)[:NAMED]]
+    near = 0.06 * len(layers)
+    for number, place in enumerate(places, start=1):
+        left = any(0 < other - place < near for other in (*places, len(layers)))
+        axes.annotate(
+            str(number),
+            (place, values[place]),
+            xytext=(-9 if left else 9, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=18,
+            fontweight="bold",
+            zorder=4,
+        )
 
 
 def _mark_parts(axes, layers) -> None:
@@ -119,17 +126,17 @@ def _mark_parts(axes, layers) -> None:
 def _write_worst(axes, found) -> None:
     axes.set_axis_off()
     lines = [
-        f"{number}  {decibels(one.energy.db):>8}  {_short(one.name)}"
+        f"{number} {decibels(one.energy.db):>8}  {_short(one.name)}"
         for number, one in enumerate(worst_layers(found.layers)[:NAMED], start=1)
     ]
     if lines:
         text = "\n".join(["Most noise for their signal:", *lines])
-        axes.text(0, 1, text, va="top", family="monospace", fontsize=14, linespacing=1.35)
+        axes.text(-0.08, 1, text, va="top", family="monospace", fontsize=13, linespacing=1.35)
 
 
 def _short(name: str) -> str:
     """A layer's name in a line of the picture; the text has it whole."""
-    return name.replace("transformer_blocks", "tb").replace("_blocks", "")
+    return name if len(name) <= LONGEST else "…" + name[1 - LONGEST :]
 
 
 def _dress(axes) -> None:

@@ -21,6 +21,11 @@ def decibels(value: float) -> str:
     return "no signal left" if value == -math.inf else f"{value:.1f} dB"
 
 
+def counted(count: int, what: str) -> str:
+    """1 call, 2 calls."""
+    return f"{count} {what}" + ("" if count == 1 else "s")
+
+
 def noise_share(db: float) -> str:
     """Noise as a share of the signal, both as root mean squares."""
     share = 10 ** (-db / 20)
@@ -65,7 +70,7 @@ def compare_report(found) -> str:
     """The text of the node. found: a quantize.compare.Compared."""
     total = found.energy.db
     lines = [
-        f"SQNR {decibels(total)} over {found.calls} recorded UNet calls"
+        f"SQNR {decibels(total)} over {counted(found.calls, 'recorded UNet call')}"
         + (f": noise of {noise_share(total)} of the output" if math.isfinite(total) else ""),
         f"Worst call {decibels(found.worst.energy.db)}, at timestep {found.worst.timestep:g} "
         f"(sigma {found.worst.sigma:.3g})",
@@ -94,7 +99,7 @@ def _time_lines(steps: Sequence) -> list[str]:
         times, sigmas = f"timestep {first.timestep:.0f}", f"sigma {first.sigma:.3g}"
         if len(part) > 1:
             times, sigmas = f"{times} to {last.timestep:.0f}", f"{sigmas} to {last.sigma:.3g}"
-        lines.append(f"{times} ({sigmas}): {decibels(energy.db)}, {calls} calls")
+        lines.append(f"{times} ({sigmas}): {decibels(energy.db)}, {counted(calls, 'call')}")
     return lines
 
 
@@ -128,10 +133,10 @@ def _layer_lines(found) -> list[str]:
     calls, positions = found.sampled
     middle = medians(layers)
     lines = [
-        f"{len(layers)} quantized layers, each by itself on the original's input "
-        f"({calls} calls, up to {positions} positions each):",
+        f"{counted(len(layers), 'quantized layer')}, each by itself on the original's input (up to "
+        f"{positions} positions of {counted(calls, 'call')}):",
         *(
-            f"  median of the {count} {KINDS[kind]} layers in {words}: {decibels(db)}"
+            f"  {counted(count, KINDS[kind] + ' layer')} in {words}: median {decibels(db)}"
             for (kind, words), (db, count) in middle.items()
         ),
         "Those with most noise:",
@@ -148,7 +153,7 @@ def _layer_lines(found) -> list[str]:
     how = sorted({advice(one.layer, one.kind) for one in worst})
     lines += [
         *left,
-        f"What to do: {'; '.join(how)}. Lines for `skip` of Quantize, which leave these "
+        f"What to do: {'; '.join(how)}. Lines to add to `skip` of Quantize, which leave these "
         f"{len(worst)} in 16 bits ({share:.1%} of the quantized weights):",
         *(one.name for one in worst),
     ]
