@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 
@@ -29,19 +30,31 @@ class Sample:
     """given, made: a layer's input and the original's output for it, on the CPU.
 
     crop: of a convolution run on `given`, the rows and columns that `made` holds; the others look
-    over the window's edge.
+    over the window's edge. squares: what noise in `made` weighs, where a gradient was taken: of its
+    shape. stands_for: how many numbers of the whole output one of `made` stands for.
     """
 
     given: torch.Tensor
     made: torch.Tensor
     crop: tuple[slice, slice] | None = None
+    squares: torch.Tensor | None = None
+    stands_for: float = 1.0
 
     def compare(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Energy:
         """The noise of `module` for the same input."""
+        return Energy.of(self.made, self._of(module, device, dtype))
+
+    def cost(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> float:
+        """The noise of `module` in the whole layer's output, each number's square weighed with
+        `squares`: of a squared gradient, what reaches the end of the model."""
+        noise = (self.made.double() - self._of(module, device, dtype).double()).square()
+        return (noise * self.squares.double()).sum().item() * self.stands_for
+
+    def _of(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype):
         found = module(self.given.to(device=device, dtype=dtype))
         if self.crop is not None:
             found = found[:, :, self.crop[0], self.crop[1]]
-        return Energy.of(self.made, found.cpu())
+        return found.cpu()
 
 
 def kind(module: torch.nn.Module | None) -> str | None:
@@ -81,12 +94,16 @@ def _values(module: torch.nn.Module) -> int:
 class Listener:
     """Hooks on layers of the original, in place inside `with listening():` only.
 
-    One call of each layer is taken after each `next_call()`.
+    One call of each layer is taken after each `next_call()`. gradients: also takes the squares of
+    the gradient of the layer's output, once `backward` has run, and only those calls are kept.
     """
 
-    def __init__(self, modules: Mapping[str, torch.nn.Module], positions: int) -> None:
+    def __init__(
+        self, modules: Mapping[str, torch.nn.Module], positions: int, gradients: bool = False
+    ) -> None:
         self.modules = dict(modules)
         self.positions = positions
+        self.gradients = gradients
         self.samples: dict[str, list[Sample]] = {name: [] for name in modules}
         self._number = -1
         self._waiting: set[str] = set()
@@ -114,16 +131,42 @@ class Listener:
                 return
             self._waiting.discard(name)
             take = _rows if kind(module) == "linear" else _windows
-            self.samples[name] += take(module, args[0], output, self.positions, self._number)
+            with torch.no_grad():
+                places = take(module, args[0], output, self.positions, self._number)
+                samples = [
+                    Sample(keep(one.given), keep(one.of(output)), one.crop) for one in places
+                ]
+            if not self.gradients:
+                self.samples[name] += samples
+                return
+            stands_for = output.numel() / sum(one.made.numel() for one in samples)
+
+            def weigh(gradient: torch.Tensor) -> None:
+                for one, sample in zip(places, samples, strict=True):
+                    squares = one.of(gradient.detach()).float().square().cpu()
+                    weighed = replace(sample, squares=squares, stands_for=stands_for)
+                    self.samples[name].append(weighed)
+
+            output.register_hook(weigh)
 
         return heard
 
 
-def _rows(module, x, output, positions: int, number: int) -> list[Sample]:
+@dataclass(frozen=True)
+class _Place:
+    """given: input of the layer at a place of a call. of(output): the output there. crop: as in
+    `Sample`."""
+
+    given: torch.Tensor
+    of: Callable[[torch.Tensor], torch.Tensor]
+    crop: tuple[slice, slice] | None = None
+
+
+def _rows(module, x, output, positions: int, number: int) -> list[_Place]:
     """Tokens of [..., K], one from each of equal parts of the call."""
-    given, made = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
+    given = x.reshape(-1, x.shape[-1])
     index = _scattered(len(given), positions, number).to(x.device)
-    return [Sample(keep(given[index]), keep(made[index]))]
+    return [_Place(given[index], lambda made: made.reshape(-1, made.shape[-1])[index])]
 
 
 def _scattered(count: int, wanted: int, number: int) -> torch.Tensor:
@@ -137,12 +180,12 @@ def _scattered(count: int, wanted: int, number: int) -> torch.Tensor:
     return ((parts + within) * count / wanted).long()
 
 
-def _windows(module, x, output, positions: int, number: int) -> list[Sample]:
+def _windows(module, x, output, positions: int, number: int) -> list[_Place]:
     """Windows of TILE x TILE output pixels and what they are computed from; small maps whole."""
     batch, _, height, width = output.shape
     simple = isinstance(module.padding, tuple) and module.padding_mode == "zeros"
     if batch * height * width <= positions or not simple:
-        return [Sample(keep(x), keep(output))]
+        return [_Place(x, lambda made: made)]
     found = []
     for i in range(max(1, positions // WINDOW)):
         place = number * max(1, positions // WINDOW) + i
@@ -156,8 +199,8 @@ def _windows(module, x, output, positions: int, number: int) -> list[Sample]:
             strict=True,
         )
         one = slice(place % batch, place % batch + 1)
-        given, made = x[one, :, inner[0], inner[1]], output[one, :, outer[0], outer[1]]
-        found.append(Sample(keep(given), keep(made), crop))
+        where = (one, slice(None), *outer)
+        found.append(_Place(x[one, :, inner[0], inner[1]], itemgetter(where), crop))
     return found
 
 

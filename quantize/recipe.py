@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..formats import FORMATS, get
-from ..formats.checkpoint import PER_TOKEN, STATIC, Layer
+from ..formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC, Layer
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
@@ -27,8 +27,9 @@ ALGORITHMS = {
 }
 # algorithms that search a smoothing scale for each Linear in ModelOpt's AWQ
 AWQ = (AWQ_LITE, AWQ_FULL, SVDQUANT)
-# how Linears' activations get their scale, where a format has the choice
-ACTIVATIONS = {"fp8": (STATIC, PER_TOKEN)}
+# what a format does with activations, where it has the choice: STATIC is its own way, PER_TOKEN is
+# for Linears, SIXTEEN quantizes weights alone
+ACTIVATIONS = {"fp8": (STATIC, PER_TOKEN), "int8": (STATIC, SIXTEEN)}
 # algorithm -> its own options
 OPTIONS = {SMOOTHQUANT: ("alpha", "convolutions"), PERCENTILE: ("percentile",), SVDQUANT: ("rank",)}
 
@@ -39,8 +40,8 @@ class Recipe:
 
     alpha: SmoothQuant's, 0 to 1; convolutions: how their activations are calibrated beside it, MAX
     or PERCENTILE; percentile: share of the steps that convolutions' activation
-    scales are taken from, above 0 to 1; rank: SVDQuant's; activations: STATIC or
-    PER_TOKEN, for the formats of ACTIVATIONS; layers: a mode of quantize.layers; skip:
+    scales are taken from, above 0 to 1; rank: SVDQuant's; activations: one of
+    ACTIVATIONS[format]; layers: a mode of quantize.layers; skip:
     patterns of layer names.
     """
 
@@ -74,6 +75,11 @@ class Recipe:
                 f"{' or '.join(ACTIVATIONS.get(self.format, (STATIC,)))}, got "
                 f"{self.activations!r}: choose one of them"
             )
+        if self.activations == SIXTEEN and self.algorithm not in (MAX, MSE):
+            raise ValueError(
+                f"activations in 16 bits go with {MAX} or {MSE}, got algorithm {self.algorithm!r}: "
+                "choose one of them"
+            )
         for name, low, high in (("alpha", 0, 1), ("percentile", 0.01, 1), ("rank", 1, 256)):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -86,7 +92,7 @@ class Recipe:
         for name in ("alpha", "convolutions", "percentile", "rank"):
             if name not in OPTIONS.get(self.algorithm, ()):
                 del facts[name]
-        if self.format not in ACTIVATIONS:
+        if self.format != "fp8" and self.activations == STATIC:
             del facts["activations"]
         return facts
 
@@ -140,8 +146,11 @@ def plan(
         if reason is not None:
             form, algorithm = FORMATS[recipe.format].SECOND, MAX
             moved.setdefault((form, reason), []).append(name)
-        per_token = recipe.activations == PER_TOKEN and kind == "linear" and form == recipe.format
-        activations = PER_TOKEN if per_token else ""
+        activations = ""
+        if form == recipe.format and recipe.activations in (PER_TOKEN, SIXTEEN):
+            activations = recipe.activations
+        if activations == PER_TOKEN and kind != "linear":
+            activations = ""
         options = (recipe.alpha, recipe.percentile, recipe.rank)
         plans[name] = LayerPlan(kind, form, algorithm, activations, *options)
     notes = [

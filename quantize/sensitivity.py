@@ -1,0 +1,101 @@
+"""How much quantizing one layer changes the UNet's output, estimated from one backward pass a call.
+
+For a random v ~ N(0, 1) in the output's shape, the gradient g of <v, output> with respect to what a
+layer puts out gives E[sum g² d²]: the output's squared error for a change d of independent elements.
+ModelOpt's `auto_quantize` scores layers by the same sum of squared gradients times squared changes
+(its method "gradient", after the diagonal of the Fisher information), there of a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from . import local
+
+# UNet calls that are looked at
+CALLS = 8
+# part of the name of the classes of modules whose inside is computed anew in the backward pass
+BLOCK = "Block"
+
+
+def checkpointed(unet: torch.nn.Module) -> None:
+    """Lets a copy of a UNet keep of its blocks only what goes in (gradient checkpointing)."""
+    for child in unet.children():
+        if BLOCK in type(child).__name__:
+            child.forward = _anew(child.forward)
+        else:
+            checkpointed(child)
+
+
+def _anew(forward: Callable) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def listen(
+    unet: torch.nn.Module,
+    layers: Sequence[str],
+    records: Sequence,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    options: Mapping[str, Any],
+    after_each: Callable[[], None],
+) -> tuple[dict[str, list[local.Sample]], float]:
+    """Samples of each layer with squared gradients, and the sum of squares of all outputs.
+
+    unet: a copy, whose blocks are changed. options: transformer options of each call. Raises
+    ValueError where the model cannot be differentiated.
+    """
+    modules = {name: unet.get_submodule(name) for name in layers}
+    checkpointed(unet)
+    itemsize = (dtype or torch.float32).itemsize
+    calls, positions = local.budget(modules, itemsize + 4)
+    calls = max(1, min(len(records), CALLS, calls * local.CALLS))
+    listener = local.Listener(modules, positions, gradients=True)
+    signal = 0.0
+    for number, record in enumerate(records):
+        args, kwargs = record.arguments(device, dtype, options)
+        listener.next_call()
+        with torch.enable_grad(), listener.listening():
+            # of everything, so that layers which see the prompt alone have a gradient too
+            output = unet(*_differentiated(args), **_differentiated(kwargs))
+            generator = torch.Generator().manual_seed(number)
+            v = torch.randn(output.shape, generator=generator).to(output)
+            output.backward(v)
+        signal += output.detach().double().square().sum().item()
+        after_each()
+    return listener.samples, signal
+
+
+def _differentiated(value: Any) -> Any:
+    """Tensors as leaves that have a gradient, in tables and lists of them too."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    if isinstance(value, Mapping):
+        return {name: _differentiated(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_differentiated, value))
+    return value
+
+
+def costs(
+    samples: Mapping[str, Sequence[local.Sample]],
+    unet: torch.nn.Module,
+    names: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    after_each: Callable[[], None],
+) -> dict[str, float]:
+    """Layer -> what its counterpart in `unet` adds to the output's sum of squared errors."""
+    found = {}
+    for name in names:
+        module = unet.get_submodule(name)
+        found[name] = sum(sample.cost(module, device, dtype) for sample in samples[name])
+        after_each()
+    return found
