@@ -46,6 +46,18 @@ class Quantized:
     figures: dict | None = None
 
 
+def prepared(
+    source: torch.nn.Module, recipe: Recipe
+) -> tuple[Recipe, dict[str, LayerPlan], list[str]]:
+    """The recipe as it applies to this model, what is done to each layer, and sentences for the
+    report. Raises ValueError (rule, value, where, remedy)."""
+    recipe, notes = families.settle(source, recipe)
+    known = families.family_of(source)
+    layers = select(source, recipe.layers, recipe.skip, known.skip if known else ())
+    plans, moved = plan(source, recipe, layers, shaping(source, recipe, layers))
+    return recipe, plans, notes + moved
+
+
 def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
     """Quantizes the UNet of a ComfyUI MODEL, patches included; the MODEL itself is not changed.
 
@@ -60,11 +72,7 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
     started = time.monotonic()
     modelopt.require()
     source = bridge.unet_of(model)
-    recipe, notes = families.settle(source, recipe)
-    known = families.family_of(source)
-    layers = select(source, recipe.layers, recipe.skip, known.skip if known else ())
-    plans, moved = plan(source, recipe, layers, shaping(source, recipe, layers))
-    notes += moved
+    recipe, plans, notes = prepared(source, recipe)
     runs = _runs(model, calibration, recipe, plans, sampling)
     records = [record for run in runs for record in run.records]
     notes += [f"Not part of the quantized UNet: {what}." for what in bridge.left_behind(model)]
@@ -113,7 +121,7 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
         unet = None
         bridge.release_memory()
     tensors |= bridge.prediction_markers(model)
-    header = _header(model, recipe, calibration, bridge)
+    header = described(model, recipe, calibration, bridge)
     if file is not None:
         header["source"] = {"name": file.name, "sha256": sha256.of(file, step)}
     checkpoint = QuantizedCheckpoint(tensors, table, header)
@@ -204,7 +212,8 @@ def _check_finite(unet: torch.nn.Module, layers: Iterable[str], step: Callable[[
             )
 
 
-def _header(model, recipe: Recipe, calibration, bridge) -> dict:
+def described(model, recipe: Recipe, calibration, bridge) -> dict:
+    """The file's header, but for the source's hash and the quality, which take time to find."""
     config = model.model.model_config
     return {
         "recipe": recipe.describe(),

@@ -95,13 +95,17 @@ class Recipe:
 class LayerPlan:
     """What is done to one layer.
 
-    algorithm: MAX where the recipe's does not apply to it. activations: see `Layer`.
+    algorithm: MAX where the recipe's does not apply to it. activations: see `Layer`. The rest are
+    the algorithm's options, see `Recipe`.
     """
 
     kind: str
     format: str
     algorithm: str
     activations: str = ""
+    alpha: float = 0.5
+    percentile: float = 1.0
+    rank: int = 32
 
     @property
     def smooths(self) -> bool:
@@ -137,7 +141,9 @@ def plan(
             form, algorithm = FORMATS[recipe.format].SECOND, MAX
             moved.setdefault((form, reason), []).append(name)
         per_token = recipe.activations == PER_TOKEN and kind == "linear" and form == recipe.format
-        plans[name] = LayerPlan(kind, form, algorithm, PER_TOKEN if per_token else "")
+        activations = PER_TOKEN if per_token else ""
+        options = (recipe.alpha, recipe.percentile, recipe.rank)
+        plans[name] = LayerPlan(kind, form, algorithm, activations, *options)
     notes = [
         f"{len(names)} layers in {form} instead of {recipe.format}, because {reason}: "
         + ", ".join(names)
