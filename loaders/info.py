@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ..formats.checkpoint import Layer
 from ..utils.report import model_report
 from . import layouts, unet
 
@@ -19,6 +20,22 @@ def describe(model) -> str:
     return model_report(
         found.header, found.layers, unet.kernels(model).values(), weight_bytes(model)
     )
+
+
+def quantized_layers(model) -> dict[str, Layer | str]:
+    """Name -> what the file says of each quantized layer of a MODEL of ours; of any other MODEL, the
+    format by ComfyUI's name, or the dtype, of each layer held in fewer than 16 bits."""
+    found = model.get_attachment(unet.ATTACHMENT)
+    if found is not None:
+        return dict(found.layers)
+    layers: dict[str, Layer | str] = {}
+    for name, module in model.model.diffusion_model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(weight, QuantizedTensor):
+            layers[name] = getattr(module, "quant_format", None) or weight._layout_cls
+        elif weight is not None and weight.dtype.itemsize < 2:
+            layers[name] = str(weight.dtype).removeprefix("torch.")
+    return layers
 
 
 def _bits(parameter) -> float:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .benchmark import Benchmark
 from .calibration_prompts import CalibrationPrompts
+from .compare import Compare
 from .export_checkpoint import ExportCheckpoint
 from .gpu_info import GPUInfo
 from .import_checkpoint import ImportCheckpoint
@@ -28,6 +29,7 @@ NODES: list[type[io.ComfyNode]] = [
     ImportCheckpoint,
     ExportCheckpoint,
     ModelInfo,
+    Compare,
     Benchmark,
     GPUInfo,
 ]

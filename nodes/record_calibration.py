@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..quantize import prompts
 from ..quantize.bridge import sampling
-from .sampler_inputs import max_records_input, sampler_inputs, seed_input
+from .sampler_inputs import denoise_input, max_records_input, sampler_inputs, seed_input
 from .types import Calibration
 
 
@@ -27,14 +27,7 @@ class RecordCalibration(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input("negative", tooltip="What the picture should not show."),
                 io.Latent.Input("latent_image", tooltip="The latent to start from."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="1 starts from noise; less keeps some of the latent.",
-                ),
+                denoise_input(),
                 max_records_input(
                     "UNet calls to keep, evenly over the steps and over all runs recorded so far."
                 ),

@@ -1,4 +1,4 @@
-"""The sampler settings that both calibration nodes share, as KSampler names them."""
+"""The sampler settings that several nodes share, as KSampler names them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,17 @@ def sampler_inputs() -> list[io.Input]:
             tooltip="How the noise is taken away over the steps.",
         ),
     ]
+
+
+def denoise_input() -> io.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="1 starts from noise; less keeps some of the latent.",
+    )
 
 
 def seed_input(tooltip: str) -> io.Input:

@@ -16,6 +16,7 @@ from ..utils import sha256
 from ..utils.progress import progress
 from . import families, modelopt, pack, percentile, quality
 from .layers import select
+from .mixed import Mixed, plan_mixed
 from .recipe import AWQ_FULL, AWQ_LITE, SVDQUANT, LayerPlan, Recipe, plan
 
 log = logging.getLogger(__name__)
@@ -47,10 +48,15 @@ class Quantized:
 
 
 def prepared(
-    source: torch.nn.Module, recipe: Recipe
-) -> tuple[Recipe, dict[str, LayerPlan], list[str]]:
+    source: torch.nn.Module, recipe: Recipe | Mixed
+) -> tuple[Recipe | Mixed, dict[str, LayerPlan], list[str]]:
     """The recipe as it applies to this model, what is done to each layer, and sentences for the
     report. Raises ValueError (rule, value, where, remedy)."""
+    if isinstance(recipe, Mixed):
+        plans, notes = plan_mixed(
+            source, recipe, lambda choice, layers: shaping(source, choice, layers)
+        )
+        return recipe, plans, notes
     recipe, notes = families.settle(source, recipe)
     known = families.family_of(source)
     layers = select(source, recipe.layers, recipe.skip, known.skip if known else ())
@@ -58,7 +64,7 @@ def prepared(
     return recipe, plans, notes + moved
 
 
-def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
+def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized:
     """Quantizes the UNet of a ComfyUI MODEL, patches included; the MODEL itself is not changed.
 
     calibration: a Calibration recorded from the same architecture; needed where the recipe has
@@ -73,7 +79,7 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
     modelopt.require()
     source = bridge.unet_of(model)
     recipe, plans, notes = prepared(source, recipe)
-    runs = _runs(model, calibration, recipe, plans, sampling)
+    runs = _runs(model, calibration, plans, sampling)
     records = [record for run in runs for record in run.records]
     notes += [f"Not part of the quantized UNet: {what}." for what in bridge.left_behind(model)]
     try:
@@ -92,12 +98,12 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
             step = progress(total)
             if builds:
                 notes.append(modelopt.build_kernels(builds, lambda: step(CALL)))
-            if recipe.format in ("nvfp4", "mxfp8"):
-                notes.append(f"Weights packed as ModelOpt's {recipe.format} tensors, on {device}.")
+            for form in sorted({p.format for p in plans.values()} & {"nvfp4", "mxfp8"}):
+                notes.append(f"Weights packed as ModelOpt's {form} tensors, on {device}.")
             unet = bridge.copy_unet(model, step)
             _check_finite(unet, plans, step)
             if modelopt.searches(plans):
-                bridge.check_resident(unet, device, recipe.algorithm)
+                bridge.check_resident(unet, device, modelopt.searches(plans))
             references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
             _check_outputs(references)
 
@@ -111,12 +117,12 @@ def quantize_model(model, recipe: Recipe, calibration=None) -> Quantized:
                     twin(*args, **kwargs)
                     step(CALL)
 
-            modelopt.calibrate(unet, plans, replay if collects else None, recipe.percentile)
+            modelopt.calibrate(unet, plans, replay if collects else None)
             if silent := modelopt.never_called(unet, plans):
                 plans = {name: one for name, one in plans.items() if name not in silent}
                 notes.append(_left_in_16_bits(silent, len(plans)))
             bytes_before = sum(p.numel() * 2 for p in unet.parameters())
-            tensors, table = pack.pack(unet, recipe, plans, step)
+            tensors, table = pack.pack(unet, plans, step)
     finally:
         unet = None
         bridge.release_memory()
@@ -153,11 +159,12 @@ def measure(quantized: Quantized, model) -> None:
     quantized.checkpoint.header["quality"] = quantized.figures
 
 
-def _runs(model, calibration, recipe: Recipe, plans: Mapping[str, LayerPlan], sampling) -> tuple:
+def _runs(model, calibration, plans: Mapping[str, LayerPlan], sampling) -> tuple:
     if calibration is None:
-        if any(one.calibrates for one in plans.values()):
+        needs = next((one for one in plans.values() if one.calibrates), None)
+        if needs is not None:
             raise ValueError(
-                f"{recipe.format} with algorithm {recipe.algorithm} and layers {recipe.layers} "
+                f"{needs.format} with algorithm {needs.algorithm} in {needs.kind} layers "
                 "needs recorded activations, no CALIBRATION is connected: connect "
                 '"Record Calibration (ModelOpt)" or "Calibration from Prompts (ModelOpt)"'
             )
@@ -168,7 +175,7 @@ def _runs(model, calibration, recipe: Recipe, plans: Mapping[str, LayerPlan], sa
 
 def _collects(one: LayerPlan) -> bool:
     """Whether recorded activations are of use to a layer."""
-    return one.calibrates or modelopt.input_config(one, 1.0) is not None
+    return one.calibrates or modelopt.input_config(one) is not None
 
 
 def _left_in_16_bits(silent: list[str], left: int) -> str:
@@ -212,8 +219,8 @@ def _check_finite(unet: torch.nn.Module, layers: Iterable[str], step: Callable[[
             )
 
 
-def described(model, recipe: Recipe, calibration, bridge) -> dict:
-    """The file's header, but for the source's hash and the quality, which take time to find."""
+def described(model, recipe: Recipe | Mixed, calibration, bridge) -> dict:
+    """The file's header, but for the hash of its source and the quality, which take time to find."""
     config = model.model.model_config
     return {
         "recipe": recipe.describe(),

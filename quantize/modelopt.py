@@ -72,19 +72,19 @@ def register(unet: torch.nn.Module, layers: Mapping[str, object]) -> list[str]:
     return [name for name, module in modules.items() if type(module) in QuantModuleRegistry]
 
 
-def input_config(plan: LayerPlan, share: float) -> dict | None:
+def input_config(plan: LayerPlan) -> dict | None:
     """ModelOpt's attributes of a layer's input quantizer while activations are collected."""
     if plan.algorithm == SMOOTHQUANT:
         return PER_CHANNEL
     if plan.algorithm == PERCENTILE and plan.static:
         calibrator = percentile.calibrator()
-        return {**PER_TENSOR, "calibrator": (calibrator, (), {"percentile": share})}
+        return {**PER_TENSOR, "calibrator": (calibrator, (), {"percentile": plan.percentile})}
     if plan.static and plan.format in ("fp8", "w4a8"):
         return E4M3
     return PER_TENSOR if plan.static or plan.format == "nvfp4" else None
 
 
-def activations_config(plans: Mapping[str, LayerPlan], everything: list[str], share: float) -> dict:
+def activations_config(plans: Mapping[str, LayerPlan], everything: list[str]) -> dict:
     """The `config` of `mtq.quantize` that collects activations, and searches AWQ's scales.
 
     plans: of the layers to quantize; everything: names of all modules ModelOpt converts. ModelOpt's
@@ -95,7 +95,7 @@ def activations_config(plans: Mapping[str, LayerPlan], everything: list[str], sh
     entries: list[dict] = [OFF]
     algorithms = set()
     for name, plan in plans.items():
-        config = input_config(plan, share)
+        config = input_config(plan)
         if config is not None:
             entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": config})
         if plan.algorithm in AWQ:
@@ -113,12 +113,11 @@ def calibrate(
     unet: torch.nn.Module,
     plans: Mapping[str, LayerPlan],
     forward_loop: Callable[[torch.nn.Module], None] | None,
-    share: float = 1.0,
 ) -> None:
     """Puts quantizers into `unet` (in place) and collects activations.
 
     No weight is written to, so that weights may be shared with the user's MODEL; only AWQ_FULL
-    writes, into weights of its own. share: percentile's.
+    writes, into weights of its own.
     """
     mtq = require()
     everything = register(unet, plans)
@@ -128,7 +127,7 @@ def calibrate(
         own = module._parameters["weight"].data.clone()
         module._parameters["weight"] = torch.nn.Parameter(own, requires_grad=False)
     backend.register()
-    config = activations_config(plans, everything, share)
+    config = activations_config(plans, everything)
     with contextlib.nullcontext() if full else _weights_left_alone():
         mtq.quantize(unet, config, forward_loop)
 
@@ -148,9 +147,9 @@ def never_called(unet: torch.nn.Module, plans: Mapping[str, LayerPlan]) -> list[
     ]
 
 
-def searches(plans: Mapping[str, LayerPlan]) -> bool:
-    """Whether ModelOpt fake-quantizes while it calibrates: AWQ's search does."""
-    return any(plan.algorithm in AWQ for plan in plans.values())
+def searches(plans: Mapping[str, LayerPlan]) -> str:
+    """The algorithm for which ModelOpt fake-quantizes while it calibrates, "" for none: AWQ's."""
+    return next((plan.algorithm for plan in plans.values() if plan.algorithm in AWQ), "")
 
 
 def kernels_needed(plans: Mapping[str, LayerPlan]) -> list[str]:

@@ -9,11 +9,11 @@ import torch
 from ..formats import FORMATS, blocks
 from ..formats.checkpoint import SIXTEEN_BITS, Layer
 from . import modelopt
-from .recipe import AWQ, AWQ_FULL, SMOOTHQUANT, SVDQUANT, LayerPlan, Recipe
+from .recipe import AWQ, AWQ_FULL, SMOOTHQUANT, SVDQUANT, LayerPlan
 
 
 def pack(
-    unet: torch.nn.Module, recipe: Recipe, plans: Mapping[str, LayerPlan], step: Callable[[], None]
+    unet: torch.nn.Module, plans: Mapping[str, LayerPlan], step: Callable[[], None]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Layer]]:
     """Calibrated UNet -> its tensors on the CPU, quantized layers packed, and their table.
 
@@ -24,7 +24,7 @@ def pack(
     table: dict[str, Layer] = {}
     for name, one in plans.items():
         module = unet.get_submodule(name)
-        stored, table[name] = _pack_layer(name, module, one, recipe)
+        stored, table[name] = _pack_layer(name, module, one)
         tensors |= {f"{name}.{key}": value.cpu().contiguous() for key, value in stored.items()}
         module._parameters["weight"] = None
         step()
@@ -43,13 +43,13 @@ def pack(
 
 
 def _pack_layer(
-    name: str, module: torch.nn.Module, one: LayerPlan, recipe: Recipe
+    name: str, module: torch.nn.Module, one: LayerPlan
 ) -> tuple[dict[str, torch.Tensor], Layer]:
     """One calibrated layer -> its tensors by their names in the file, and what the file says of it."""
     numerics = FORMATS[one.format]
     extra: dict[str, torch.Tensor] = {}
     if one.algorithm == SMOOTHQUANT:
-        modelopt.smooth(module, recipe.alpha)
+        modelopt.smooth(module, one.alpha)
     weight = module._parameters["weight"].data
     if one.algorithm in AWQ:
         weight = modelopt.awq_weight(module, one)
@@ -57,12 +57,12 @@ def _pack_layer(
         scale = module.input_quantizer.pre_quant_scale.reshape(-1)
         extra["pre_quant_scale"] = scale if scale.dtype in SIXTEEN_BITS else scale.float()
     if one.algorithm == SVDQUANT:
-        extra["svd_up"], extra["svd_down"], weight = modelopt.svd(weight, recipe.rank)
+        extra["svd_up"], extra["svd_down"], weight = modelopt.svd(weight, one.rank)
         extra = {k: sixteen_bits(t) if k.startswith("svd") else t for k, t in extra.items()}
     amax = _weight_amax(module, weight, one)
     stored = numerics.quantize(weight, amax) | extra
     input_amax = None
-    if one.static or modelopt.input_config(one, 1.0) is not None and one.format == "nvfp4":
+    if one.static or modelopt.input_config(one) is not None and one.format == "nvfp4":
         found = modelopt.input_amax(module, one)
         if found is not None:
             input_amax = _live(name, found.float().amax().item())

@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .thinning import spread
 
 
+@dataclass(frozen=True)
+class Energy:
+    """Sums of squares of a signal and of what was added to it; those of several parts add up."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    @classmethod
+    def of(cls, reference: torch.Tensor, measured: torch.Tensor) -> Energy:
+        """Of tensors of one shape, summed in float64."""
+        reference, measured = reference.double(), measured.double()
+        noise = (reference - measured).square().sum().item()
+        return cls(reference.square().sum().item(), noise)
+
+    def __add__(self, other: Energy) -> Energy:
+        return Energy(self.signal + other.signal, self.noise + other.noise)
+
+    @property
+    def db(self) -> float:
+        """Signal over noise in dB; infinite without noise, minus infinity where it is NaN."""
+        if self.noise == 0.0:
+            return math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+
+
 def sqnr_db(reference: torch.Tensor, measured: torch.Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB: 10 log10(sum ref² / sum (ref - measured)²)."""
-    reference, measured = reference.double(), measured.double()
-    noise = (reference - measured).square().sum().item()
-    signal = reference.square().sum().item()
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    return Energy.of(reference, measured).db
 
 
 def pick(records: Sequence, count: int) -> list:

@@ -12,12 +12,9 @@ def blocks_chart(blocks: Mapping[str, tuple[float, float]], title: str) -> torch
 
     Above the size of each block, below its average bits per weight.
     """
-    import numpy
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 6.4), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     sizes, bits = figure.subplots(2, 1, sharex=True)
     names = list(blocks)
     sizes.bar(names, [blocks[name][1] for name in names], color="#4c72b0")
@@ -31,6 +28,15 @@ def blocks_chart(blocks: Mapping[str, tuple[float, float]], title: str) -> torch
     for axes in (sizes, bits):
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
+    return as_image(figure)
+
+
+def as_image(figure) -> torch.Tensor:
+    """A matplotlib figure -> IMAGE [1, H, W, 3], 0 to 1."""
+    import numpy
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = numpy.asarray(canvas.buffer_rgba())[:, :, :3]
     return torch.from_numpy(pixels.copy()).float().div_(255.0).unsqueeze(0)

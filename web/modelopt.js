@@ -1,10 +1,11 @@
-// Shows on a node the text it reports: the report of Quantize, the info of Load and Info, the benchmark, the GPU's table, paths.
+// Shows on a node the text it reports: the report of Quantize, the info of Load and Info, the comparison, the benchmark, the GPU's table, paths.
 import { app } from "../../scripts/app.js";
 
 const NODES = new Set([
   "ModelOptQuantize",
   "ModelOptLoadUNet",
   "ModelOptModelInfo",
+  "ModelOptCompare",
   "ModelOptBenchmark",
   "ModelOptGPUInfo",
   "ModelOptSaveUNet",

@@ -145,7 +145,7 @@ def record_prompts(
     for done, (number, prompt, quota) in enumerate(chosen):
         recorder = Recorder(max_records)
         own_seed = (seed + number) % 2**64
-        latent = _sample(
+        latent = sample(
             _recording(model, recorder),
             own_seed,
             steps,
@@ -213,7 +213,7 @@ def _overall_progress(model: Any, bar: Any, done: int, total: int) -> Callable:
     return callback
 
 
-def _sample(
+def sample(
     model: Any,
     seed: int,
     steps: int,
@@ -224,13 +224,14 @@ def _sample(
     negative: list,
     latent: dict[str, Any],
     callback: Callable,
+    denoise: float = 1.0,
 ) -> dict[str, Any]:
-    """nodes.common_ksampler with a callback of our own, for an empty latent."""
-    ratio = latent.get("downscale_ratio_spacial")
-    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], ratio)
+    """nodes.common_ksampler with a callback of our own."""
+    ratios = [latent.get(f"downscale_ratio_{name}") for name in ("spacial", "temporal")]
+    image = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
     samples = comfy.sample.sample(
         model,
-        comfy.sample.prepare_noise(image, seed),
+        comfy.sample.prepare_noise(image, seed, latent.get("batch_index")),
         steps,
         cfg,
         sampler_name,
@@ -238,8 +239,22 @@ def _sample(
         positive,
         negative,
         image,
+        denoise=denoise,
+        noise_mask=latent.get("noise_mask"),
         callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
     return {"samples": samples}
+
+
+def decode(vae: Any, latent: dict[str, Any]) -> torch.Tensor:
+    """As VAEDecode does: IMAGE [N, H, W, 3], 0 to 1."""
+    import nodes  # ComfyUI's own
+
+    return nodes.VAEDecode().decode(vae, latent)[0]
+
+
+def sigma(model: Any, timestep: float) -> float:
+    """The noise level that a MODEL's UNet is told as `timestep`."""
+    return float(model.model.model_sampling.sigma(torch.tensor([timestep])))

@@ -51,15 +51,23 @@ CONTAINERS = (
 
 def unet_of(model) -> torch.nn.Module:
     """The diffusion model of a MODEL. Raises ValueError if it is quantized already."""
-    unet = model.model.diffusion_model
-    for name, parameter in unet.named_parameters():
+    found = quantized_parameter(model)
+    if found is not None:
+        name, parameter = found
+        raise ValueError(
+            f"the MODEL must be in 16 or 32 bits, {name} is already quantized "
+            f"({getattr(parameter, '_layout_cls', parameter.dtype)}): "
+            "connect the MODEL it was made from"
+        )
+    return model.model.diffusion_model
+
+
+def quantized_parameter(model) -> tuple[str, torch.Tensor] | None:
+    """The first parameter of a MODEL's UNet that is held in fewer than 16 bits, with its name."""
+    for name, parameter in model.model.diffusion_model.named_parameters():
         if isinstance(parameter, QuantizedTensor) or parameter.dtype.itemsize < 2:
-            raise ValueError(
-                f"the MODEL must be in 16 or 32 bits, {name} is already quantized "
-                f"({getattr(parameter, '_layout_cls', parameter.dtype)}): "
-                "connect the MODEL it was made from"
-            )
-    return unet
+            return name, parameter
+    return None
 
 
 def copy_unet(model, step: Callable[[], None] = lambda: None) -> torch.nn.Module:
@@ -191,6 +199,15 @@ def run_loaded(model, records: Sequence, step: Callable[[], None]) -> list[torch
     comfy.model_management.load_models_gpu([model])
     unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
     return outputs(unet, records, model.load_device, dtype, step)
+
+
+def load(model, records: Sequence) -> tuple[torch.nn.Module, torch.device, torch.dtype]:
+    """A MODEL's UNet on its device with its patches in place, as before sampling calls as large as
+    the records, its device and its compute dtype. ComfyUI unloads other MODELs where it must."""
+    largest = max((record.x.shape for record in records), key=lambda shape: shape.numel())
+    needed = model.model.memory_required(list(largest))
+    comfy.model_management.load_models_gpu([model], memory_required=needed)
+    return model.model.diffusion_model, model.load_device, model.model.get_dtype_inference()
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ NODES = {
     "ModelOptImport",
     "ModelOptExport",
     "ModelOptModelInfo",
+    "ModelOptCompare",
     "ModelOptBenchmark",
     "ModelOptGPUInfo",
 }

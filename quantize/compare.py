@@ -1,0 +1,223 @@
+"""A MODEL beside the original: SQNR of the UNet's output by timestep, of each layer by itself, and
+PSNR and SSIM of same-seed pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..formats.checkpoint import Layer
+from ..utils.progress import progress
+from . import local, pictures
+from .pictures import Settings
+from .quality import Energy, outputs, pick
+
+# progress of one UNet call, where one layer is 1
+CALL = 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """SQNR of the UNet's output over the records of one timestep."""
+
+    timestep: float
+    sigma: float
+    calls: int
+    energy: Energy
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A layer by itself, on the original's inputs. layer: what the file says of it, or the words of
+    another pack's format. weights: how many numbers its weight has."""
+
+    name: str
+    layer: Layer | str
+    kind: str
+    weights: int
+    energy: Energy
+
+
+@dataclass
+class Compared:
+    """What `compare` found. steps: falling in sigma, as sampling goes. layers: in the UNet's order.
+
+    sampled: UNet calls and positions of a call that layers were compared on. left_out: layer -> why
+    it was not. likeness: PSNR in dB and SSIM of each picture; images: reference and quantized,
+    [N, H, W, 3], where a VAE decoded them. notes: sentences for the report.
+    """
+
+    steps: list[Step]
+    worst: Step
+    layers: list[LayerResult]
+    sampled: tuple[int, int] = (0, 0)
+    left_out: dict[str, str] = field(default_factory=dict)
+    likeness: list[tuple[float, float]] = field(default_factory=list)
+    images: tuple[torch.Tensor, torch.Tensor] | None = None
+    settings: Settings | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def energy(self) -> Energy:
+        """Of all records together."""
+        return sum((step.energy for step in self.steps), Energy())
+
+    @property
+    def calls(self) -> int:
+        return sum(step.calls for step in self.steps)
+
+    def figures(self) -> dict:
+        """JSON-able; None stands for an infinite SQNR or PSNR."""
+        return {
+            "sqnr_db": _plain(self.energy.db),
+            "worst_sqnr_db": _plain(self.worst.energy.db),
+            "records": self.calls,
+            "timesteps": [[s.timestep, s.sigma, _plain(s.energy.db)] for s in self.steps],
+            "layers": {one.name: _plain(one.energy.db) for one in self.layers},
+            "psnr_db": [_plain(psnr) for psnr, _ in self.likeness],
+            "ssim": [_plain(ssim) for _, ssim in self.likeness],
+        }
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def compare(
+    reference,
+    quantized,
+    calibration,
+    layers: Mapping[str, Layer | str],
+    settings: Settings | None = None,
+) -> Compared:
+    """Replays a calibration's records with both MODELs, one after the other; neither is changed.
+
+    layers: the quantized MODEL's quantized layers by name. settings: of the pictures to sample, or
+    None. Samples of layers' inputs and outputs are kept in at most `local.LIMIT` bytes of memory.
+    Raises ValueError (rule, value, where, remedy) for MODELs or records of another architecture,
+    and ComfyUI's InterruptProcessingException on cancel; hooks are gone either way.
+    """
+    from .bridge import sampling
+    from .bridge import unet as bridge
+
+    _check_pair(sampling.signature(reference), sampling.signature(quantized))
+    calibration.check_matches(sampling.signature(reference))
+    records = list(calibration)
+    names, left_out = _common(reference, quantized, layers)
+    calls = 2 * (len(records) + (settings.steps if settings else 0))
+    step = progress(CALL * calls + len(names))
+
+    def one_call(*_) -> None:
+        step(CALL)
+
+    with torch.inference_mode():  # as ComfyUI samples
+        unet, device, dtype = bridge.load(reference, records)
+        modules = {name: unet.get_submodule(name) for name in names}
+        sampled = local.budget(modules, dtype.itemsize) if modules else (0, 0)
+        listener = local.Listener(modules, sampled[1])
+        chosen = {id(record) for record in pick(records, sampled[0])} if modules else set()
+        wanted = []
+        for record in records:
+            heard = contextlib.nullcontext()
+            if id(record) in chosen:
+                listener.next_call()
+                heard = listener.listening()
+            with heard:
+                wanted += outputs(unet, [record], device, dtype, one_call)
+        latents = [_sampled(sampling, reference, settings, one_call)] if settings else []
+
+        unet, device, dtype = bridge.load(quantized, records)
+        found = outputs(unet, records, device, dtype, one_call)
+        left_out |= {name: "never called" for name in names if not listener.samples[name]}
+        results = []
+        for name, original in modules.items():
+            if name not in left_out:
+                samples, module = listener.samples.pop(name), unet.get_submodule(name)
+                energy = sum((one.compare(module, device, dtype) for one in samples), Energy())
+                kind, weights = local.kind(original), math.prod(original.weight.shape)
+                results.append(LayerResult(name, layers[name], kind, weights, energy))
+            step()
+        latents += [_sampled(sampling, quantized, settings, one_call)] if settings else []
+    each = [Energy.of(a, b) for a, b in zip(wanted, found, strict=True)]
+    steps, worst = _by_timestep(records, each, lambda time: sampling.sigma(reference, time))
+    made = Compared(steps, worst, results, sampled, left_out, settings=settings)
+    if bridge.quantized_parameter(reference) is not None:
+        made.notes.append(
+            "The reference MODEL is quantized itself: figures are against it, not against the "
+            "original in 16 bits."
+        )
+    if settings is not None:
+        with torch.inference_mode():
+            _judge(made, [one["samples"] for one in latents], sampling)
+    return made
+
+
+def _check_pair(reference: Mapping, quantized: Mapping) -> None:
+    for name in sorted(reference.keys() | quantized.keys()):
+        seen, wanted = quantized.get(name), reference.get(name)
+        if seen != wanted:
+            raise ValueError(
+                "two MODELs to compare must be of one architecture, got "
+                f"{name} {seen} in quantized where reference has {wanted}: connect the MODEL that "
+                "the quantized one was made from"
+            )
+
+
+def _common(reference, quantized, layers: Mapping) -> tuple[list[str], dict[str, str]]:
+    """Names of layers that both have, in the UNet's order, and why others cannot be compared."""
+    ours = dict(reference.model.diffusion_model.named_modules())
+    theirs = dict(quantized.model.diffusion_model.named_modules())
+    left_out = {}
+    for name in layers:
+        one, other = ours.get(name), theirs.get(name)
+        if local.kind(one) is None or other is None:
+            left_out[name] = "the reference has no such layer"
+        elif tuple(one.weight.shape) != tuple(other.weight.shape):
+            left_out[name] = f"its weight is {tuple(one.weight.shape)} in the reference"
+    return [name for name in ours if name in layers and name not in left_out], left_out
+
+
+def _sampled(sampling, model, settings: Settings, one_call: Callable) -> dict:
+    return sampling.sample(
+        model,
+        settings.seed,
+        settings.steps,
+        settings.cfg,
+        settings.sampler_name,
+        settings.scheduler,
+        settings.positive,
+        settings.negative,
+        settings.latent,
+        one_call,
+        settings.denoise,
+    )
+
+
+def _judge(made: Compared, latents: Sequence[torch.Tensor], sampling) -> None:
+    """PSNR and SSIM of what both MODELs sampled, decoded where there is a VAE."""
+    if made.settings.vae is None:
+        made.likeness = pictures.likeness(*pictures.of_latents(*(one.float() for one in latents)))
+        return
+    first, second = (sampling.decode(made.settings.vae, {"samples": one}) for one in latents)
+    made.images = (first, second)
+    made.likeness = pictures.likeness(first, second)
+
+
+def _by_timestep(
+    records: Sequence, each: Sequence[Energy], sigma: Callable
+) -> tuple[list[Step], Step]:
+    """Records of one timestep together, and the worst single record."""
+    groups: dict[float, list[Energy]] = {}
+    for record, energy in zip(records, each, strict=True):
+        groups.setdefault(record.timesteps.flatten()[0].item(), []).append(energy)
+    steps = [
+        Step(time, sigma(time), len(found), sum(found, Energy())) for time, found in groups.items()
+    ]
+    steps.sort(key=lambda one: one.sigma, reverse=True)
+    worst = min(range(len(each)), key=lambda i: each[i].db)
+    time = records[worst].timesteps.flatten()[0].item()
+    return steps, Step(time, sigma(time), 1, each[worst])

@@ -1,0 +1,175 @@
+"""Each layer by itself: what the original's layers are given and give, and what others make of the same.
+
+Samples of a few calls are kept, not whole activations: `LIMIT` bytes of all layers together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .quality import Energy
+from .records import keep
+
+# UNet calls of which samples are kept, and positions (tokens, or pixels of a convolution) of each
+CALLS = 4
+POSITIONS = 64
+# bytes of all samples together; fewer positions, then fewer calls, are kept to stay below
+LIMIT = 512 * 2**20
+# a convolution is sampled in windows of TILE x TILE output pixels
+TILE = 4
+WINDOW = TILE * TILE
+
+
+@dataclass(frozen=True)
+class Sample:
+    """given, made: a layer's input and the original's output for it, on the CPU.
+
+    crop: of a convolution run on `given`, the rows and columns that `made` holds; the others look
+    over the window's edge.
+    """
+
+    given: torch.Tensor
+    made: torch.Tensor
+    crop: tuple[slice, slice] | None = None
+
+    def compare(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Energy:
+        """The noise of `module` for the same input."""
+        found = module(self.given.to(device=device, dtype=dtype))
+        if self.crop is not None:
+            found = found[:, :, self.crop[0], self.crop[1]]
+        return Energy.of(self.made, found.cpu())
+
+
+def kind(module: torch.nn.Module | None) -> str | None:
+    """ "linear", "conv2d", or None for a module that is sampled as neither."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    if weight.ndim == 2 and hasattr(module, "in_features"):
+        return "linear"
+    if weight.ndim == 4 and hasattr(module, "stride") and not getattr(module, "transposed", False):
+        return "conv2d"
+    return None
+
+
+def budget(modules: Mapping[str, torch.nn.Module], itemsize: int) -> tuple[int, int]:
+    """UNet calls and positions a call to sample, within LIMIT bytes: at least 1 call of 1 window."""
+    a_window = itemsize * sum(map(_values, modules.values()))
+    windows = LIMIT // max(CALLS * a_window, 1)
+    if windows >= 1:
+        return CALLS, WINDOW * min(windows, POSITIONS // WINDOW)
+    return max(1, LIMIT // a_window), WINDOW
+
+
+def _values(module: torch.nn.Module) -> int:
+    """Numbers in one window of a layer's samples."""
+    rows, columns = module.weight.shape[:2]
+    if kind(module) == "linear":
+        return WINDOW * (rows + columns)
+    halo = 1
+    for size, stride, dilation in zip(
+        module.kernel_size, module.stride, module.dilation, strict=True
+    ):
+        halo *= TILE * stride + dilation * (size - 1)
+    return halo * columns + WINDOW * rows
+
+
+class Listener:
+    """Hooks on layers of the original, in place inside `with listening():` only.
+
+    One call of each layer is taken after each `next_call()`.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], positions: int) -> None:
+        self.modules = dict(modules)
+        self.positions = positions
+        self.samples: dict[str, list[Sample]] = {name: [] for name in modules}
+        self._number = -1
+        self._waiting: set[str] = set()
+
+    def next_call(self) -> None:
+        """The next UNet call is to be sampled."""
+        self._number += 1
+        self._waiting = set(self.modules)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        handles = []
+        try:
+            for name, module in self.modules.items():
+                handles.append(module.register_forward_hook(self._hook(name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._waiting = set()
+
+    def _hook(self, name: str) -> Callable:
+        def heard(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+            if name not in self._waiting or not args:
+                return
+            self._waiting.discard(name)
+            take = _rows if kind(module) == "linear" else _windows
+            self.samples[name] += take(module, args[0], output, self.positions, self._number)
+
+        return heard
+
+
+def _rows(module, x, output, positions: int, number: int) -> list[Sample]:
+    """Tokens of [..., K], one from each of equal parts of the call."""
+    given, made = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
+    index = _scattered(len(given), positions, number).to(x.device)
+    return [Sample(keep(given[index]), keep(made[index]))]
+
+
+def _scattered(count: int, wanted: int, number: int) -> torch.Tensor:
+    """Indices into `count`: one at another place of each of `wanted` equal parts, so that tokens of
+    one picture column alone do not come out. Deterministic; another choice for another number."""
+    if count <= wanted:
+        return torch.arange(count)
+    parts = torch.arange(wanted, dtype=torch.float64)
+    golden = (5**0.5 - 1) / 2
+    within = ((parts + number * wanted) * golden).frac()
+    return ((parts + within) * count / wanted).long()
+
+
+def _windows(module, x, output, positions: int, number: int) -> list[Sample]:
+    """Windows of TILE x TILE output pixels and what they are computed from; small maps whole."""
+    batch, _, height, width = output.shape
+    simple = isinstance(module.padding, tuple) and module.padding_mode == "zeros"
+    if batch * height * width <= positions or not simple:
+        return [Sample(keep(x), keep(output))]
+    found = []
+    for i in range(max(1, positions // WINDOW)):
+        place = number * max(1, positions // WINDOW) + i
+        # the R2 sequence, which is even over a square
+        across = [(0.5 + place * 0.7548776662466927) % 1, (0.5 + place * 0.5698402909980532) % 1]
+        inner, outer, crop = zip(
+            *(
+                _span(int(share * max(size - TILE + 1, 1)), size, x.shape[2 + axis], module, axis)
+                for axis, (share, size) in enumerate(zip(across, (height, width), strict=True))
+            ),
+            strict=True,
+        )
+        one = slice(place % batch, place % batch + 1)
+        given, made = x[one, :, inner[0], inner[1]], output[one, :, outer[0], outer[1]]
+        found.append(Sample(keep(given), keep(made), crop))
+    return found
+
+
+def _span(start: int, size: int, length: int, module, axis: int) -> tuple[slice, slice, slice]:
+    """For output pixels from `start` on along one axis: the input they need, they themselves, and
+    where they are in the output of the convolution run on that input alone."""
+    stride, padding = module.stride[axis], module.padding[axis]
+    stop = min(start + TILE, size)
+    first = start * stride - padding
+    last = (stop - 1) * stride - padding + module.dilation[axis] * (module.kernel_size[axis] - 1)
+    # a multiple of the stride: the convolution's steps on the window fall on those on the whole map
+    begin = max(0, first) // stride * stride
+    skipped = begin // stride
+    inner = slice(begin, min(last + 1, length))
+    return inner, slice(start, stop), slice(start - skipped, stop - skipped)
