@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..utils.files import save_safetensors
-from . import FORMATS
+from ..utils.files import DTYPES, header_text, save_safetensors, whole_header
+from . import FORMATS, int8
 from .checkpoint import FORMAT_VERSION, INPUTS, REMEDY, Input, Layer, QuantizedCheckpoint
 
 PREFIX = "modelopt."
@@ -39,6 +39,10 @@ INNER_TYPES = {
     "quality": {"sqnr_db": (int, float), "worst_sqnr_db": (int, float), "records": int},
 }
 COMFY_HEADER = "_quantization_metadata"
+# as many characters as Python's longest floating-point number: -2.2250738585072014e-308
+WIDEST_FLOAT = 10**23
+# weights in 16 bits are float16, or bfloat16 where their values need it
+WIDEST_DTYPES = DTYPES | {torch.float16: DTYPES[torch.bfloat16]}
 
 
 def comfy_config(layer: Layer) -> dict:
@@ -66,28 +70,82 @@ def write(
     path: Path | str,
     step: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Writes the file whole or not at all. `step` and errors as in `save_safetensors`."""
+    """Writes the file whole or not at all. `step` and errors as in `save_safetensors`.
+
+    Its header is padded so that the file's size follows from `size` alone.
+    """
+    tensors = _named(checkpoint)
+    save_safetensors(tensors, path, _metadata(checkpoint), step, _reserved(checkpoint, tensors))
+
+
+def size(checkpoint: QuantizedCheckpoint) -> int:
+    """Bytes of the file that `write` makes.
+
+    They do not depend on a tensor's values (which may be on the meta device), on whether it is
+    float16 or bfloat16, on floating-point numbers in the header, nor on which channels of an int8
+    layer are among `amax_exceptions` (unless an amax there is not of its scale).
+    """
+    tensors = _named(checkpoint)
+    text = header_text(tensors, _metadata(checkpoint))
+    header = max(len(text), _reserved(checkpoint, tensors))
+    return whole_header(header) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _named(checkpoint: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
+    """The tensors by their names in the file."""
     prefix = "" if checkpoint.opens_in_stock else PREFIX
-    tensors = {prefix + name: tensor for name, tensor in marked(checkpoint).items()}
+    return {prefix + name: tensor for name, tensor in marked(checkpoint).items()}
+
+
+def _metadata(checkpoint: QuantizedCheckpoint, widest: bool = False) -> dict[str, str]:
+    """The header's entries; `widest`: with every floating-point number as long as one can be."""
+    prefix = "" if checkpoint.opens_in_stock else PREFIX
     names = {prefix + name: comfy_config(x) for name, x in checkpoint.layers.items()}
-    metadata = {
+    described = _described(checkpoint)
+    return {
         COMFY_HEADER: json.dumps({"format_version": "1.0", "layers": names}, sort_keys=True),
-        HEADER: json.dumps(_described(checkpoint), sort_keys=True),
+        HEADER: json.dumps(_widest(described) if widest else described, sort_keys=True),
     }
-    save_safetensors(tensors, path, metadata, step)
+
+
+def _reserved(checkpoint: QuantizedCheckpoint, tensors: dict[str, torch.Tensor]) -> int:
+    """Characters of the header's text where everything that is not known beforehand is longest."""
+    return len(header_text(tensors, _metadata(checkpoint, widest=True), WIDEST_DTYPES))
+
+
+def _widest(value):
+    if isinstance(value, float):
+        return WIDEST_FLOAT
+    if isinstance(value, dict):
+        return {key: _widest(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_widest(entry) for entry in value]
+    return value
 
 
 def _described(checkpoint: QuantizedCheckpoint) -> dict:
     """The whole header, JSON-able."""
     inputs = {name: dataclasses.asdict(x) for name, x in checkpoint.inputs.items()}
     stock = ["comfyui"] if checkpoint.opens_in_stock else []
+    header = {key: value for key, value in checkpoint.header.items() if key != "opens_in_stock"}
     return {
-        **checkpoint.header,
+        **header,
         "format_version": FORMAT_VERSION,
-        "layers": {name: dataclasses.asdict(x) for name, x in checkpoint.layers.items()},
+        "layers": {name: _entry(name, x, checkpoint) for name, x in checkpoint.layers.items()},
         **({"inputs": inputs} if inputs else {}),
         "opens_in": [*stock, "comfyui-modelopt"],
     }
+
+
+def _entry(name: str, layer: Layer, checkpoint: QuantizedCheckpoint) -> dict:
+    """What the header says of a layer; of an int8 one always as many characters."""
+    entry = dataclasses.asdict(layer)
+    if layer.format == int8.NAME:
+        text = int8.exceptions_text(
+            layer.amax_exceptions, checkpoint.tensors[f"{name}.weight_scale"]
+        )
+        entry["amax_exceptions"] = layer.amax_exceptions if text is None else text
+    return entry
 
 
 def for_others_to_save(checkpoint: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
@@ -150,7 +208,10 @@ def parse(
         raise ValueError(f"inputs of the header must be a table, {where} has none: {REMEDY}")
     checkpoint = QuantizedCheckpoint(
         tensors,
-        {name: _layer(name, entry, where) for name, entry in layers.items()},
+        {
+            name: _layer(name, entry, tensors.get(f"{name}.weight_scale"), where)
+            for name, entry in layers.items()
+        },
         header,
         {name: _input(name, entry, where) for name, entry in inputs.items()},
     )
@@ -195,7 +256,7 @@ def _header(text: str | None, where: str) -> dict:
     return header
 
 
-def _layer(name: str, entry, where: str) -> Layer:
+def _layer(name: str, entry, scale: torch.Tensor | None, where: str) -> Layer:
     fields = {"format": str, "kind": str, "smoothed": bool}
     if not isinstance(entry, dict) or any(
         not isinstance(entry.get(key), kind) for key, kind in fields.items()
@@ -221,6 +282,8 @@ def _layer(name: str, entry, where: str) -> Layer:
     amax, exceptions = entry.get("input_amax"), entry.get("amax_exceptions", {})
     if amax is not None and not _positive(amax):
         _fail_entry("input_amax", "a positive number", name, amax, where)
+    if isinstance(exceptions, str) and entry["format"] == int8.NAME:
+        exceptions = _exceptions(name, exceptions, scale, where)
     if not isinstance(exceptions, dict) or not all(
         key.isdecimal() and _positive(value) for key, value in exceptions.items()
     ):
@@ -233,6 +296,15 @@ def _layer(name: str, entry, where: str) -> Layer:
         input_amax=amax,
         amax_exceptions=exceptions,
     )
+
+
+def _exceptions(name: str, text: str, scale: torch.Tensor | None, where: str) -> dict[str, float]:
+    if scale is None or scale.dtype != torch.float32 or not scale.ndim:
+        return {}  # what `validate` refuses
+    try:
+        return int8.exceptions_of(text, scale)
+    except ValueError as error:
+        _fail_entry("amax_exceptions", "one bit a channel in base64", name, str(error), where)
 
 
 def _input(name: str, entry, where: str) -> Input:

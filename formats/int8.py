@@ -7,6 +7,8 @@ convolution's with one calibrated scale, because its sum runs over several pixel
 
 from __future__ import annotations
 
+import base64
+import math
 from collections.abc import Mapping
 
 import torch
@@ -79,13 +81,8 @@ def amax_of(scale: torch.Tensor) -> torch.Tensor:
     In one float32 out of ninety two neighbours share a scale; the one with more trailing zero bits
     is taken, which is right for every weight that came from 16 bits.
     """
-    near = scale * QMAX
-    best, zeros = near, torch.full(near.shape, -1, device=near.device)
-    for candidate in (
-        near,
-        torch.nextafter(near, torch.zeros_like(near)),
-        torch.nextafter(near, torch.full_like(near, torch.inf)),
-    ):
+    best, zeros = scale * QMAX, torch.full(scale.shape, -1, device=scale.device)
+    for candidate in _near(scale):
         bits = candidate.view(torch.int32)
         trailing = sum(((bits & ((1 << n) - 1)) == 0).int() for n in range(1, 24))
         better = (candidate / QMAX == scale) & (trailing > zeros)
@@ -94,11 +91,62 @@ def amax_of(scale: torch.Tensor) -> torch.Tensor:
     return best
 
 
+def _near(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """scale * 127 and its float32 neighbours: every amax whose scale this can be."""
+    near = scale * QMAX
+    below = torch.nextafter(near, torch.zeros_like(near))
+    return near, below, torch.nextafter(near, torch.full_like(near, torch.inf))
+
+
+def _other(scale: torch.Tensor) -> torch.Tensor:
+    """The second amax that has this scale; NaN where there is none.
+
+    There are two at most: neighbouring scales lie 127/64 neighbouring amax apart, or half of that.
+    """
+    first = amax_of(scale)
+    found = torch.full_like(first, torch.nan)
+    for candidate in _near(scale):
+        other = (candidate / QMAX == scale) & (candidate != first)
+        found = torch.where(other, candidate, found)
+    return found
+
+
 def amax_exceptions(scale: torch.Tensor, amax: torch.Tensor) -> dict[str, float]:
     """Channels whose amax `amax_of` does not give back to the last bit: index -> amax."""
     amax = amax.float().reshape(-1)
     wrong = (amax_of(scale.reshape(-1)) != amax) & (amax > AMAX_EPSILON)
     return {str(i): amax[i].item() for i in wrong.nonzero().flatten().tolist()}
+
+
+def exceptions_text(exceptions: Mapping[str, float], scale: torch.Tensor) -> str | None:
+    """`amax_exceptions` as text of a length that follows from the number of channels alone: one bit a
+    channel, set where its amax is the second one of its scale, in base64.
+
+    None where an amax is not of its scale. scale: float32 [out, 1, ...], on any device, where there
+    are no exceptions a meta one too.
+    """
+    bits = bytearray(-(-len(scale) // 8))
+    if exceptions:
+        others = _other(scale.detach().cpu().reshape(-1)).tolist()
+        for channel, amax in exceptions.items():
+            if others[int(channel)] != amax:
+                return None
+            bits[int(channel) // 8] |= 128 >> int(channel) % 8
+    return base64.b64encode(bits).decode()
+
+
+def exceptions_of(text: str, scale: torch.Tensor) -> dict[str, float]:
+    """The inverse of `exceptions_text`. Raises ValueError for a text that it does not give."""
+    bits = base64.b64decode(text, validate=True)
+    if len(bits) != -(-len(scale) // 8):
+        raise ValueError(f"{len(bits)} bytes for {len(scale)} channels")
+    if not any(bits):
+        return {}
+    others = _other(scale.reshape(-1)).tolist()
+    channels = [i for i in range(8 * len(bits)) if bits[i // 8] & 128 >> i % 8]
+    if any(i >= len(others) or math.isnan(others[i]) for i in channels):
+        raise ValueError("a channel whose scale has no second amax")
+    return {str(i): others[i] for i in channels}
 
 
 def input_scale(amax: torch.Tensor) -> torch.Tensor:

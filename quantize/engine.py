@@ -127,7 +127,7 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
         unet = None
         bridge.release_memory()
     tensors |= bridge.prediction_markers(model)
-    header = _header(model, recipe, calibration, bridge)
+    header = described(model, recipe, calibration, bridge)
     if file is not None:
         header["source"] = {"name": file.name, "sha256": sha256.of(file, step)}
     checkpoint = QuantizedCheckpoint(tensors, table, header)
@@ -219,7 +219,8 @@ def _check_finite(unet: torch.nn.Module, layers: Iterable[str], step: Callable[[
             )
 
 
-def _header(model, recipe: Recipe | Mixed, calibration, bridge) -> dict:
+def described(model, recipe: Recipe | Mixed, calibration, bridge) -> dict:
+    """The file's header, but for the hash of its source and the quality, which take time to find."""
     config = model.model.model_config
     return {
         "recipe": recipe.describe(),

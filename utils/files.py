@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,17 +42,18 @@ def save_safetensors(
     path: Path | str,
     metadata: dict[str, str],
     step: Callable[[int], None] = lambda size: None,
+    reserved: int = 0,
 ) -> None:
     """Writes beside `path`, flushes to disk, then gives the file its name.
 
-    Tensors are copied to the CPU one at a time. `step` is called with the bytes of each piece
+    reserved: bytes that the header takes at least, the rest of them spaces. Tensors are copied to the CPU one at a time. `step` is called with the bytes of each piece
     written; what it raises ends the saving. The same tensors and metadata give the same bytes.
     Raises NameTaken if `path` exists, OSError (with what was needed and what was found) if the
     folder cannot be written or is full. On any error nothing is left behind.
     """
     needed = sum(tensor.nbytes for tensor in tensors.values())
     with whole_file(path, needed) as file:
-        _write(tensors, metadata, file, step)
+        _write(tensors, metadata, file, step, reserved)
 
 
 @contextlib.contextmanager
@@ -98,28 +99,46 @@ def _refuse_existing(path: Path) -> None:
         raise NameTaken(f"a file is never overwritten, {path} exists: choose another name")
 
 
-def _write(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file, step) -> None:
-    """The safetensors format: length of the header, header (JSON, padded to 8), tensors end to end.
-
-    The library's own `save_file` shows no progress, cannot be cancelled, wants every tensor on the
-    CPU at once and writes the metadata in a random order. Wide dtypes go first, as there, so that
-    every tensor is aligned.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+def header_text(
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str],
+    names: Mapping[torch.dtype, str] = DTYPES,
+) -> bytes:
+    """The header's JSON, without the spaces after it. Tensors may be meta ones. names: of dtypes."""
     header: dict = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
-    for name in order:
+    for name in _order(tensors):
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": DTYPES[tensor.dtype],
+            "dtype": names[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def whole_header(length: int) -> int:
+    """Bytes that a header of so many takes in a file: a multiple of 8, so that tensors are aligned,
+    and its length before it."""
+    return 8 + -(-length // 8) * 8
+
+
+def _order(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Wide dtypes first, as in the library's own files, so that every tensor is aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+
+
+def _write(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file, step, reserved) -> None:
+    """The safetensors format: length of the header, header (JSON, padded to 8), tensors end to end.
+
+    The library's own `save_file` shows no progress, cannot be cancelled, wants every tensor on the
+    CPU at once and writes the metadata in a random order.
+    """
+    text = header_text(tensors, metadata)
+    length = whole_header(max(len(text), reserved)) - 8
+    file.write(length.to_bytes(8, "little") + text.ljust(length))
+    for name in _order(tensors):
         data = memoryview(
             tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         )

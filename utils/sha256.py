@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 PIECE = 2**24
+# in the place of a digest that is not known yet
+NONE = 64 * "0"
 _known: dict[tuple, str] = {}
 
 

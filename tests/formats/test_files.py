@@ -81,11 +81,17 @@ EDITS = {
     "shape of nothing": (layer(shape=[4, 0, 3, 3]), "list of sizes"),
     "rank a word": (layer(rank="x"), "rank of a must be a number from 0, found 'x'"),
     "branch of a convolution": (layer(rank=2), "smoothing and branches are for linear layers"),
-    "packed without a shape": (layer(format="int4"), "must state its shape"),
-    "another shape": (layer(format="int4", shape=[4, 200, 3, 3]), r"shape \(4, 900\)"),
+    "packed without a shape": (layer(format="int4", amax_exceptions={}), "must state its shape"),
+    "another shape": (layer(format="int4", shape=[4, 200, 3, 3], amax_exceptions={}), r"shape \(4, 900\)"),
     "unknown activations": (layer(activations="per token"), "activations of a must be one of"),
     "smoothed convolution": (layer(smoothed=True), "smoothing and branches are for linear layers"),
     "exceptions beyond the channels": (layer(amax_exceptions={"9": 1.0}), "must be below 4"),
+    "exceptions in other letters": (layer(amax_exceptions="?"), "one bit a channel in base64"),
+    "exceptions of more channels": (
+        layer(amax_exceptions="AAAA"),
+        "amax_exceptions of a must be one bit a channel in base64, found '3 bytes for 4 channels'",
+    ),
+    "exception without a second amax": (layer(amax_exceptions="8A=="), "has no second amax"),
     "quality a word": (
         lambda t, h: h.update(quality={"sqnr_db": "x"}),
         "sqnr_db in quality of the header has the wrong form, found 'x'",
@@ -236,3 +242,57 @@ def test_cancelled_save_leaves_nothing_behind(tmp_path, monkeypatch):
         save_safetensors({"a": torch.ones(100)}, tmp_path / "x.safetensors", {}, cancel)
     assert sizes == [100, 100, 100]
     assert os.listdir(tmp_path) == []
+
+
+def with_numbers(amax: float, quality: float, exceptions: dict, dtype: torch.dtype):
+    found = small()
+    found.tensors["a.bias"] = torch.zeros(4, dtype=dtype)
+    found.tensors["a.weight_scale"] = torch.tensor([1.9921875] * 4).reshape(4, 1, 1, 1) / 127
+    found.layers["a"] = Layer("int8", "conv2d", input_amax=amax, amax_exceptions=exceptions)
+    found.header["quality"] = {"sqnr_db": quality, "worst_sqnr_db": -quality, "records": 3}
+    return found
+
+
+def test_size_follows_from_what_is_known_beforehand(tmp_path):
+    """Numbers of any length, either 16-bit dtype, exceptions or none: the same bytes, as predicted
+    from tensors without values; and safetensors' own reader and ComfyUI's read them."""
+    from comfy.utils import load_torch_file
+    from comfyui_modelopt.formats import int8
+
+    scale = torch.tensor([1.9921875] * 4) / 127
+    second = int8._other(scale)[2].item()
+    assert int8.amax_exceptions(scale, torch.tensor([1.9921875] * 4)) == {}
+    cases = [
+        (2.0, 1.0, {}, torch.float16),
+        (2.2250738585072014e-30, -12.345678901234567, {"2": second}, torch.bfloat16),
+        (0.1 + 0.2, float("inf"), {}, torch.float16),
+    ]
+    predicted = with_numbers(1.0, 1.0, {}, torch.float16)
+    predicted.tensors = {name: t.to("meta") for name, t in predicted.tensors.items()}
+    sizes = {files.size(predicted)}
+    for number, (amax, quality, exceptions, dtype) in enumerate(cases):
+        made = with_numbers(amax, quality, exceptions, dtype)
+        made.tensors["a.input_scale"] = int8.input_scale(torch.tensor(amax))
+        path = tmp_path / f"{number}.safetensors"
+        files.write(made, path)
+        sizes |= {files.size(made), path.stat().st_size}
+        again = reread(path)
+        assert again.layers == made.layers
+        assert again.header["quality"] == made.header["quality"]
+        theirs, metadata = load_torch_file(str(path), return_metadata=True)
+        assert files.parse(theirs, metadata, "").layers == made.layers
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        assert length % 8 == 0 and data[8 : 8 + length].rstrip(b" ").endswith(b"}}")
+        assert data[7 + length] == 32
+    assert len(sizes) == 1
+
+
+def test_an_amax_that_is_not_of_its_scale_is_written_out(tmp_path):
+    """As an import may have it: the file is then longer."""
+    path = tmp_path / "x.safetensors"
+    made = with_numbers(2.0, 1.0, {"1": 0.123}, torch.float16)
+    made.tensors["a.input_scale"] = torch.tensor(2.0) / 127
+    files.write(made, path)
+    assert reread(path).layers == made.layers
+    assert path.stat().st_size == files.size(made)

@@ -257,3 +257,24 @@ def test_int8_amax_comes_back_to_the_last_bit():
         found[int(channel)] = value
     assert torch.equal(found, anything)
     assert len(exceptions) < 0.02 * len(anything)
+
+
+def test_int8_amax_comes_back_from_one_bit_a_channel():
+    """Every float32 of a binade: its scale has two amax at most, and the bit says which one it was."""
+    form = FORMATS["int8"]
+    for bits in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).chunk(8):
+        amax = bits.view(torch.float32)
+        scale = amax / form.QMAX
+        first, second = form.amax_of(scale), form._other(scale)
+        assert torch.equal(torch.where(first == amax, first, second), amax)
+    torch.manual_seed(0)
+    for amax in (torch.rand(5001) + 0.01, torch.rand(7) * 1e5 + 3.97, torch.full((64,), 1.984375)):
+        scale = (amax / form.QMAX).reshape(-1, 1)
+        exceptions = form.amax_exceptions(scale, amax)
+        text = form.exceptions_text(exceptions, scale)
+        assert form.exceptions_of(text, scale) == exceptions
+        assert len(text) == len(form.exceptions_text({}, scale.to("meta")))
+    assert form.exceptions_text({"3": 7.0}, scale) is None  # of another scale
+    for wrong in ("!", "AAAA", "//////////8="):
+        with pytest.raises(ValueError):
+            form.exceptions_of(wrong, torch.ones(64, 1))

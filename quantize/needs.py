@@ -1,0 +1,261 @@
+"""What quantizing takes on this device, in memory and time: one layer of each kind is packed, one
+recorded UNet call is made, and both are scaled to the whole."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..formats import FORMATS, blocks
+from ..formats.checkpoint import QuantizedCheckpoint
+from ..utils.memory import peak_of, watched
+from ..utils.timing import synchronize
+from . import engine, modelopt, quality
+from .layers import kind_of
+from .recipe import AWQ, AWQ_FULL, MSE, SMOOTHQUANT, SVDQUANT, LayerPlan
+
+# weights of the layer that is tried: the largest of at most so many, or where packing takes long
+# (SLOW) the smallest of at least so many
+LARGEST, SMALLEST = 2**22, 2**17
+SLOW = (MSE, SVDQUANT)
+# bytes a weight of `pack.sixteen_bits`, beside its result: torch's isfinite
+FINITE = 5
+# scales that ModelOpt's AWQ tries for a layer: alpha from 0 to 1 in steps of 0.1
+AWQ_TRIALS = 11
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A layer that was packed. seconds: for each unit of its `work`; rounding: for each weight, to
+    round it alone. packing, reading: bytes of memory a weight while it is packed, and while its
+    values are used dequantized; 0 where torch does not count them."""
+
+    seconds: float
+    rounding: float
+    packing: float
+    reading: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded UNet call of the MODEL in 16 or 32 bits. peak: bytes, None where torch does not
+    count them; live: of them, what was there when each layer was called. shape: of the latent."""
+
+    seconds: float
+    peak: int | None
+    live: Mapping[str, int]
+    shape: tuple[int, ...]
+
+
+def key(one: LayerPlan) -> tuple[str, str, str]:
+    """Layers of one key are packed alike."""
+    return one.format, one.algorithm, one.kind
+
+
+def work(shape: tuple[int, ...], one: LayerPlan) -> float:
+    """What the time to pack a weight grows with: its size; of SVDQuant, the flops of the SVD."""
+    return math.prod(shape) * (min(shape[:2]) if one.algorithm == SVDQUANT else 1)
+
+
+def try_layers(
+    source: torch.nn.Module,
+    plans: Mapping[str, LayerPlan],
+    device: torch.device,
+    step: Callable[[], None] = lambda: None,
+) -> dict[tuple[str, str, str], Trial]:
+    """Packs a small layer of each key, without its patches; the model is not changed."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, one in plans.items():
+        groups.setdefault(key(one), []).append(name)
+    found = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for which, names in groups.items():
+            sizes = {name: source.get_submodule(name).weight.numel() for name in names}
+            name = _chosen(sizes, plans[names[0]].algorithm in SLOW)
+            weight = source.get_submodule(name).weight.data.to(device, copy=True)
+            found[which] = _try(weight, plans[name], device)
+            step()
+    return found
+
+
+def _chosen(sizes: Mapping[str, int], slow: bool) -> str:
+    """Of layers by their size, the one to try."""
+    if slow:
+        fitting = [name for name in sizes if sizes[name] >= SMALLEST]
+        return min(fitting, key=sizes.get) if fitting else max(sizes, key=sizes.get)
+    fitting = [name for name in sizes if sizes[name] <= LARGEST]
+    return max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
+
+
+def _try(weight: torch.Tensor, one: LayerPlan, device: torch.device) -> Trial:
+    shape = tuple(weight.shape)
+    (stored, _), packing = peak_of(lambda: _pack(weight, one), device)
+    started = time.perf_counter()
+    _, (rest, amax) = _pack(weight, one)
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    numerics = FORMATS[one.format]
+    started = time.perf_counter()
+    numerics.quantize(rest, amax)
+    synchronize(device)
+    rounding = time.perf_counter() - started
+    _, reading = peak_of(lambda: numerics.dequantize(stored, shape).to(weight.dtype), device)
+    count = weight.numel()
+    return Trial(
+        seconds / work(shape, one), rounding / count, (packing or 0) / count, (reading or 0) / count
+    )
+
+
+def _pack(weight: torch.Tensor, one: LayerPlan):
+    """The operations of `pack` on a weight whose recording is not there: smoothing by ones. What is
+    stored, and what the format's `quantize` took."""
+    if one.algorithm in AWQ or one.algorithm == SMOOTHQUANT:
+        ones = torch.ones(weight.shape[1], device=weight.device)
+        weight = (weight * ones[None, :]).to(weight.dtype)
+    if one.algorithm == SVDQUANT:
+        *_, weight = modelopt.svd(weight, one.rank)
+    plain = LayerPlan(one.kind, one.format, "max") if one.algorithm == AWQ_FULL else one
+    amax = modelopt.weight_amax(blocks.flatten(weight), plain)
+    return FORMATS[one.format].quantize(weight, amax), (weight, amax)
+
+
+def try_call(model, record) -> Call:
+    """Two calls of the MODEL's UNet with a recorded input, loaded as a sampler does, patches and all:
+    the first one's memory, the second one's time."""
+    from .bridge import unet as bridge
+
+    with torch.inference_mode(False), torch.no_grad(), bridge.memory_explained(model):
+        unet, device, dtype = bridge.load(model, [record])
+
+        def call() -> None:
+            quality.outputs(unet, [record], device, dtype, lambda: None)
+
+        layers = {name: m for name, m in unet.named_modules() if kind_of(m) is not None}
+        _, peak, live = watched(call, device, layers)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+    return Call(time.perf_counter() - started, peak, live, tuple(record.x.shape))
+
+
+def call_peak(
+    source: torch.nn.Module,
+    plans: Mapping[str, LayerPlan],
+    trials: Mapping[tuple[str, str, str], Trial],
+    call: Call,
+    dequantized: Collection[str],
+    cast: bool,
+) -> int | None:
+    """Bytes that a call of the quantized UNet takes beside its weights, at its highest: as `call`,
+    or what is there when a layer's weight is dequantized, and that.
+
+    dequantized: names of layers that run so. cast: whether weights that stay in 16 bits are cast for
+    each call (as on a CPU). None where memory is not counted.
+    """
+    if call.peak is None:
+        return None
+    highest = call.peak
+    for name, live in call.live.items():
+        count = source.get_submodule(name).weight.numel()
+        if name in dequantized:
+            highest = max(highest, live + round(trials[key(plans[name])].reading * count))
+        elif name not in plans and cast:
+            highest = max(highest, live + 4 * count)
+    return highest
+
+
+def memory(
+    model,
+    made: QuantizedCheckpoint,
+    plans: Mapping[str, LayerPlan],
+    trials: Mapping[tuple[str, str, str], Trial],
+    call: Call | None,
+) -> tuple[int, int]:
+    """Peak bytes of tensors that quantizing adds: on the device, and in RAM beside it (0 where the
+    device is the CPU).
+
+    made: what `prediction.checkpoint` gives. Without a call, its memory is not in it.
+    """
+    from .bridge import unet as bridge
+
+    source = bridge.unet_of(model)
+    own = _own(model, plans)
+    calling = (call.peak or 0) if call is not None else 0
+    weights = {name: source.get_submodule(name).weight.numel() for name in plans}
+    working = {name: trials[key(one)].packing * weights[name] for name, one in plans.items()}
+    searching = max((working[name] for name, x in plans.items() if x.algorithm in AWQ), default=0)
+    if model.load_device.type != "cpu":
+        whole = sum(tensor.nbytes for tensor in source.state_dict().values())
+        return round(whole + max(calling + searching, *working.values())), made.nbytes()
+    held = sum(own.values())
+    highest = held + calling + searching
+    packed = dict.fromkeys(plans, 0)
+    for name, tensor in made.tensors.items():
+        if (module := name.rpartition(".")[0]) in packed:
+            packed[module] += tensor.nbytes
+    for name in plans:
+        highest = max(highest, held + working[name])
+        held += packed[name] - own.get(name, 0)
+    for name, parameter in [*source.named_parameters(), *source.named_buffers()]:
+        if name.rpartition(".")[0] in plans or name not in made.tensors:
+            continue
+        if parameter.dtype not in (torch.float32, torch.float64):
+            continue
+        held += made.tensors[name].nbytes
+        highest = max(highest, held + FINITE * parameter.numel())
+    return round(max(highest, held)), 0
+
+
+def _own(model, plans: Mapping[str, LayerPlan]) -> dict[str, int]:
+    """Bytes of the copies that quantizing makes of weights: patched ones, and what AWQ_FULL writes
+    into. By the layer they belong to."""
+    from .bridge.unet import UNET
+
+    found: dict[str, int] = {}
+    state = model.model.diffusion_model.state_dict()
+    for name, tensor in state.items():
+        module, _, part = name.rpartition(".")
+        full = part == "weight" and module in plans and plans[module].algorithm == AWQ_FULL
+        if UNET + name in model.patches or full:
+            found[module] = found.get(module, 0) + tensor.nbytes
+    return found
+
+
+def calls(plans: Mapping[str, LayerPlan], records: int) -> int:
+    """UNet calls that `engine.quantize_model` and `engine.measure` make."""
+    chosen = min(records, engine.EVALUATION_RECORDS)
+    passes = max((engine.PASSES.get(one.algorithm, 1) for one in plans.values()), default=1)
+    if not any(x.calibrates or modelopt.input_config(x) is not None for x in plans.values()):
+        return 2 * chosen
+    clipping = min(records, engine.CLIP_RECORDS) if passes > 2 else 0
+    return 2 * chosen + records * min(passes, 2) + clipping
+
+
+def seconds(
+    source: torch.nn.Module,
+    plans: Mapping[str, LayerPlan],
+    trials: Mapping[tuple[str, str, str], Trial],
+    call: Call | None,
+    records: int,
+) -> float | None:
+    """About how long it takes; None where it is not known: records without a measured call, or a
+    search for clipping, which AWQ_FULL makes."""
+    if (records and call is None) or any(one.algorithm == AWQ_FULL for one in plans.values()):
+        return None
+    packing, rounding, searched = 0.0, 0.0, 0
+    for name, one in plans.items():
+        shape = tuple(source.get_submodule(name).weight.shape)
+        took = trials[key(one)].seconds * work(shape, one)
+        packing += took
+        if one.algorithm in AWQ:
+            rounding += trials[key(one)].rounding * math.prod(shape)
+            searched += math.prod(shape)
+    if not records:
+        return packing
+    whole = sum(parameter.numel() for parameter in source.parameters())
+    trial = rounding + call.seconds * searched / whole
+    return packing + calls(plans, records) * call.seconds + records * AWQ_TRIALS * trial

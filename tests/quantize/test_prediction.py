@@ -1,0 +1,161 @@
+"""The file's size is known to the byte before anything is quantized; memory as it is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from comfyui_modelopt.devtools import synthetic
+from comfyui_modelopt.formats import files
+from comfyui_modelopt.formats.checkpoint import PER_TOKEN
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.quantize import engine, prediction
+from comfyui_modelopt.quantize.bridge import sampling
+from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_ONLY, MODES
+from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, Recipe
+
+from .. import families
+
+# one ResBlock and one transformer are quantized, among them the layer whose width ComfyUI reads
+FEW = (*DEFAULT_SKIP, "output_blocks.*", "middle_block.*")
+RECIPES = [
+    Recipe(form, algorithm, layers=mode, skip=FEW)
+    for form, algorithms in ALGORITHMS.items()
+    for algorithm in algorithms
+    if algorithm != AWQ_FULL
+    for mode in MODES
+] + [
+    Recipe("fp8", "max", activations=PER_TOKEN, skip=FEW),
+    Recipe("int8", "smoothquant", convolutions="percentile", percentile=0.5, skip=FEW),
+    Recipe("int8"),
+    Recipe("nvfp4"),
+]
+WITHOUT = [
+    Recipe("int8", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("fp8", "max", layers=LINEAR_ONLY, activations=PER_TOKEN, skip=FEW),
+    Recipe("mxfp8", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("nvfp4", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("int4", "max", skip=FEW),
+    Recipe("fp8_e5m2", skip=FEW),
+]
+SAMPLING = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
+
+
+def name(recipe: Recipe) -> str:
+    few = "few" if recipe.skip == FEW else "all"
+    return f"{recipe.format} {recipe.algorithm} {recipe.layers} {recipe.activations} {few}"
+
+
+def predicted(model, recipe: Recipe, calibration=None) -> int:
+    recipe, plans, _ = engine.prepared(model.model.diffusion_model, recipe)
+    return files.size(prediction.checkpoint(model, recipe, plans, calibration))
+
+
+def written(made, folder) -> int:
+    """Bytes of the file that Quantize and Save make: loaded, measured, taken out of the MODEL."""
+    checkpoint = dataclasses.replace(made.checkpoint, header=dict(made.checkpoint.header))
+    made = dataclasses.replace(made, checkpoint=checkpoint)
+    model = loader.load(checkpoint)
+    engine.measure(made, model)
+    loader.loaded(model).header.update(checkpoint.header)
+    path = folder / "made.safetensors"
+    files.write(loader.to_checkpoint(model), path)
+    return path.stat().st_size
+
+
+def record(model, positive, negative, latent):
+    return sampling.record(
+        model,
+        **SAMPLING,
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        denoise=1.0,
+        max_records=4,
+    )[1]
+
+
+@pytest.fixture(scope="module")
+def short(sd15, conditionings):
+    """Four calls of a picture of 64 x 64."""
+    return record(sd15[0], *conditionings, {"samples": torch.zeros(1, 4, 8, 8)})
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name)
+def test_size_is_exact(recipe, sd15, short, tmp_path):
+    expected = predicted(sd15[0], recipe, short)
+    assert written(engine.quantize_model(sd15[0], recipe, short), tmp_path) == expected
+
+
+@pytest.mark.parametrize("recipe", WITHOUT, ids=name)
+def test_without_a_calibration(recipe, sd15, tmp_path):
+    expected = predicted(sd15[0], recipe)
+    assert written(engine.quantize_model(sd15[0], recipe), tmp_path) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("form", "algorithm"), [("int8", "smoothquant"), ("nvfp4", "svdquant"), ("int4", "awq_lite")]
+)
+def test_dtypes_of_the_source(dtype, form, algorithm, short, tmp_path):
+    state = {name: t.to(dtype) for name, t in synthetic.unet_state_dict("sd15").items()}
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
+    assert model.model.diffusion_model.input_blocks[1][0].in_layers[2].weight.dtype == dtype
+    recipe = Recipe(form, algorithm, rank=8, skip=FEW)
+    expected = predicted(model, recipe, short)
+    assert written(engine.quantize_model(model, recipe, short), tmp_path) == expected
+
+
+def test_numbers_that_no_plan_can_know(checkpoints, short, tmp_path):
+    """Weights beyond float16, in 32 bits and with a LoRA baked in: other dtypes and exceptions."""
+    state = {name: t.float() for name, t in synthetic.unet_state_dict("sd15").items()}
+    for key in ("time_embed.0.weight", "input_blocks.1.0.in_layers.2.bias"):
+        state[key] = state[key].clone()
+        state[key][0] = 1e5
+    model = comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
+    lora = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
+    model = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+    recipe = Recipe("int8", skip=FEW)
+    expected = predicted(model, recipe, short)
+    made = engine.quantize_model(model, recipe, short)
+    kept = {name: made.checkpoint.tensors[name].dtype for name in state if name[-4:] == "bias"}
+    assert kept["input_blocks.1.0.in_layers.2.bias"] == torch.bfloat16
+    assert kept["input_blocks.1.0.out_layers.3.bias"] == torch.float16
+    assert made.checkpoint.tensors["time_embed.0.weight"].dtype == torch.bfloat16
+    assert any(one.amax_exceptions for one in made.checkpoint.layers.values())
+    assert made.checkpoint.header["baked_patches"] > 0
+    assert written(made, tmp_path) == expected
+    again = loader.read(str(tmp_path / "made.safetensors"))
+    assert again.layers == made.checkpoint.layers
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe("int8", skip=FEW), Recipe("nvfp4", layers=LINEAR_ONLY), Recipe("mxfp8", skip=FEW)],
+    ids=name,
+)
+def test_sdxl(recipe, tmp_path):
+    model = comfy.sd.load_diffusion_model_state_dict(synthetic.unet_state_dict("sdxl"))
+    generator = torch.Generator().manual_seed(1)
+    pooled = {"pooled_output": torch.randn(1, 1280, generator=generator)}
+    given = [[torch.randn(1, 77, 2048, generator=generator), pooled]]
+    calls = record(model, given, given, {"samples": torch.zeros(1, 4, 8, 8)})
+    expected = predicted(model, recipe, calls)
+    assert written(engine.quantize_model(model, recipe, calls), tmp_path) == expected
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3", "wan", "qwen_image"])
+def test_beyond_unets(kind, tmp_path):
+    path = families.write(kind, tmp_path / f"{kind}.safetensors")
+    model = comfy.sd.load_diffusion_model(str(path))
+    given = [families.conditioning(kind, seed) for seed in (1, 2)]
+    calls = record(model, *given, families.latent(kind))
+    for recipe in (Recipe("nvfp4"), Recipe("int8")):
+        expected = predicted(model, recipe, calls)
+        made = engine.quantize_model(model, recipe, calls)
+        folder = tmp_path / recipe.format
+        folder.mkdir()
+        assert written(made, folder) == expected
