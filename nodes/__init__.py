@@ -13,6 +13,7 @@ from .import_checkpoint import ImportCheckpoint
 from .load_calibration import LoadCalibration
 from .load_unet import LoadUNet
 from .model_info import ModelInfo
+from .plan import Plan
 from .quantize import Quantize
 from .record_calibration import RecordCalibration
 from .save_calibration import SaveCalibration
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     CalibrationPrompts,
     SaveCalibration,
     LoadCalibration,
+    Plan,
     Quantize,
     SaveUNet,
     LoadUNet,

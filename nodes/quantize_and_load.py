@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from ..formats import files
+from ..loaders import info
 from ..loaders import unet as loader
 from ..quantize import engine
 from ..quantize.layers import parse_patterns
 from ..quantize.recipe import Recipe
 from ..utils.report import quantize_report
+from .planning import Sizes
 
 
 def recipe_of(format: dict, layers: str, skip: str) -> Recipe:
@@ -23,15 +26,15 @@ def recipe_of(format: dict, layers: str, skip: str) -> Recipe:
     return Recipe(name, **algorithm, layers=layers, skip=tuple(parse_patterns(skip)))
 
 
-def quantize_and_load(model, format: dict, layers: str, skip: str, calibration):
-    """-> quantized MODEL, report text, figures (JSON-able). `format` as the DynamicCombo gives it."""
-    recipe = recipe_of(format, layers, skip)
+def quantize_and_load(model, recipe, calibration, planned: Sizes):
+    """-> quantized MODEL, report text, figures (JSON-able). planned: `planning.sizes` of the same."""
     made = engine.quantize_model(model, recipe, calibration)
     quantized = loader.load(made.checkpoint)
     engine.measure(made, quantized)
     found = loader.loaded(quantized)
     found.header.update(made.checkpoint.header)
     bytes_after = made.checkpoint.nbytes()
+    file_bytes = files.size(made.checkpoint)
     report = quantize_report(
         found.header,
         found.layers,
@@ -42,11 +45,14 @@ def quantize_and_load(model, format: dict, layers: str, skip: str, calibration):
         made.checkpoint.opens_in_stock,
         made.notes,
     )
+    report = f"{planned.kept(file_bytes, info.weight_bytes(quantized))}\n{report}"
     figures = {
         **recipe.describe(),
         **(made.figures or {}),
         "bytes_before": made.bytes_before,
         "bytes_after": bytes_after,
+        "file_bytes": file_bytes,
+        "planned_file_bytes": planned.file,
         "seconds": round(made.seconds, 2),
         "quantized_layers": len(found.layers),
     }

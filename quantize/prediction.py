@@ -10,7 +10,7 @@ import torch
 from ..formats import FORMATS
 from ..formats.checkpoint import SIXTEEN_BITS, Layer, QuantizedCheckpoint
 from ..utils import sha256
-from . import engine, quality
+from . import engine, modelopt, quality
 from .recipe import SVDQUANT, LayerPlan, Recipe
 
 
@@ -20,11 +20,16 @@ def checkpoint(
     """What `engine.quantize_model` and `engine.measure` would make of a MODEL, on the meta device.
 
     recipe, plans: as `engine.prepared` gives them. No weight is read. Its size in a file
-    (`formats.files.size`) is exact where the recording calls every layer of the plans, which ones it
-    does not call stay in 16 bits, and no patch changes the shape of a weight.
+    (`formats.files.size`) is exact where the recording calls every layer of the plans (those that it
+    does not call stay in 16 bits), and no patch changes the shape of a weight. Raises ValueError
+    without ModelOpt, and for a calibration of another architecture.
     """
+    from .bridge import sampling
     from .bridge import unet as bridge
 
+    modelopt.require()
+    if calibration is not None:
+        calibration.check_matches(sampling.signature(model))
     source = bridge.unet_of(model)
     records = len(calibration) if calibration is not None else 0
     tensors: dict[str, torch.Tensor] = {}

@@ -129,7 +129,9 @@ def _order(tensors: dict[str, torch.Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
 
 
-def _write(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file, step, reserved) -> None:
+def _write(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str], file, step, reserved
+) -> None:
     """The safetensors format: length of the header, header (JSON, padded to 8), tensors end to end.
 
     The library's own `save_file` shows no progress, cannot be cancelled, wants every tensor on the

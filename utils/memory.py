@@ -13,6 +13,8 @@ Result = TypeVar("Result")
 
 # before a module's name, in the profiler's events
 MARK = "modelopt memory: "
+# devices whose tensors torch counts
+COUNTED = ("cuda", "cpu")
 
 
 def peak_of(function: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
@@ -31,7 +33,7 @@ def watched(
 ) -> tuple[Result, int | None, dict[str, int]]:
     """As `peak_of`, and the bytes that were there more than before when each module was called (at
     its highest, where it was called more than once)."""
-    if device.type not in ("cuda", "cpu"):
+    if device.type not in COUNTED:
         return function(), None, {}
     run = _on_cuda if device.type == "cuda" else _on_cpu
     return run(function, device, modules)
@@ -58,9 +60,9 @@ def _on_cpu(function, device: torch.device, modules):
             pass
 
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        with _hooked(modules, note):
-            result = function()
+    whole = torch.profiler.profile(activities=activities, profile_memory=True)
+    with whole as profiler, _hooked(modules, note):
+        result = function()
     events = profiler.profiler.kineto_results.events()
     found = [(e.start_ns(), e.name(), e.nbytes()) for e in events if e.name() == "[memory]"]
     found += [(e.start_ns(), e.name(), 0) for e in events if e.name().startswith(MARK)]

@@ -1,7 +1,8 @@
-// Shows on a node the text it reports: the report of Quantize, the info of Load and Info, the comparison, the benchmark, the GPU's table, paths.
+// Shows on a node the text it reports: the plan, the report of Quantize, the info of Load and Info, the comparison, the benchmark, the GPU's table, paths.
 import { app } from "../../scripts/app.js";
 
 const NODES = new Set([
+  "ModelOptPlan",
   "ModelOptQuantize",
   "ModelOptLoadUNet",
   "ModelOptModelInfo",

@@ -83,7 +83,7 @@ def copy_unet(model, step: Callable[[], None] = lambda: None) -> torch.nn.Module
     device = model.load_device
     size = comfy.model_management.module_size(unet)
     comfy.model_management.free_memory(size, device)
-    home = torch.device("cpu") if _too_large(size, device) else device
+    home = torch.device("cpu") if too_large(size, device) else device
     twin = _twin(unet, {})
     for prefix, module in twin.named_modules():
         step()
@@ -117,7 +117,7 @@ def _twin(module: torch.nn.Module, seen: dict[int, torch.nn.Module]) -> torch.nn
     return twin
 
 
-def _too_large(size: int, device: torch.device) -> bool:
+def too_large(size: int, device: torch.device) -> bool:
     """Whether the weights leave no room on the device: they then stay on the CPU and are streamed."""
     if comfy.model_management.is_device_cpu(device):
         return False

@@ -20,6 +20,7 @@ NODES = {
     "ModelOptCalibrationPrompts",
     "ModelOptSaveCalibration",
     "ModelOptLoadCalibration",
+    "ModelOptPlan",
     "ModelOptQuantize",
     "ModelOptSaveUNet",
     "ModelOptLoadUNet",

@@ -82,7 +82,10 @@ EDITS = {
     "rank a word": (layer(rank="x"), "rank of a must be a number from 0, found 'x'"),
     "branch of a convolution": (layer(rank=2), "smoothing and branches are for linear layers"),
     "packed without a shape": (layer(format="int4", amax_exceptions={}), "must state its shape"),
-    "another shape": (layer(format="int4", shape=[4, 200, 3, 3], amax_exceptions={}), r"shape \(4, 900\)"),
+    "another shape": (
+        layer(format="int4", shape=[4, 200, 3, 3], amax_exceptions={}),
+        r"shape \(4, 900\)",
+    ),
     "unknown activations": (layer(activations="per token"), "activations of a must be one of"),
     "smoothed convolution": (layer(smoothed=True), "smoothing and branches are for linear layers"),
     "exceptions beyond the channels": (layer(amax_exceptions={"9": 1.0}), "must be below 4"),

@@ -11,11 +11,13 @@ import torch
 from comfyui_modelopt.devtools import synthetic
 from comfyui_modelopt.formats import files
 from comfyui_modelopt.formats.checkpoint import PER_TOKEN
+from comfyui_modelopt.loaders import expected, info
 from comfyui_modelopt.loaders import unet as loader
-from comfyui_modelopt.quantize import engine, prediction
+from comfyui_modelopt.quantize import engine, needs, prediction
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_ONLY, MODES
 from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, Recipe
+from comfyui_modelopt.utils.memory import peak_of
 
 from .. import families
 
@@ -121,10 +123,10 @@ def test_numbers_that_no_plan_can_know(checkpoints, short, tmp_path):
     recipe = Recipe("int8", skip=FEW)
     expected = predicted(model, recipe, short)
     made = engine.quantize_model(model, recipe, short)
-    kept = {name: made.checkpoint.tensors[name].dtype for name in state if name[-4:] == "bias"}
-    assert kept["input_blocks.1.0.in_layers.2.bias"] == torch.bfloat16
-    assert kept["input_blocks.1.0.out_layers.3.bias"] == torch.float16
-    assert made.checkpoint.tensors["time_embed.0.weight"].dtype == torch.bfloat16
+    kept = made.checkpoint.tensors
+    assert kept["input_blocks.1.0.in_layers.2.bias"].dtype == torch.bfloat16
+    assert kept["input_blocks.1.0.out_layers.3.bias"].dtype == torch.float16
+    assert kept["time_embed.0.weight"].dtype == torch.bfloat16
     assert any(one.amax_exceptions for one in made.checkpoint.layers.values())
     assert made.checkpoint.header["baked_patches"] > 0
     assert written(made, tmp_path) == expected
@@ -159,3 +161,72 @@ def test_beyond_unets(kind, tmp_path):
         folder = tmp_path / recipe.format
         folder.mkdir()
         assert written(made, folder) == expected
+
+
+MEASURED = [
+    Recipe("int8"),
+    Recipe("int8", layers=LINEAR_ONLY),
+    Recipe("int8", "smoothquant"),
+    Recipe("int8", "mse", layers=LINEAR_ONLY),
+    Recipe("fp8", "max"),
+    Recipe("nvfp4"),
+    Recipe("nvfp4", layers=LINEAR_ONLY),
+    Recipe("nvfp4", "awq_lite", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("int4", "max"),
+    Recipe("int4", "svdquant", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("w4a8", "max"),
+]
+
+
+@pytest.mark.parametrize("recipe", MEASURED, ids=name)
+@pytest.mark.parametrize("lora", [False, True])
+def test_memory_is_as_measured(recipe, lora, sd15, checkpoints, short):
+    """Weights as held to the byte; what quantizing and a UNet call take within 10%, as torch's own
+    allocator counts it."""
+    model, device = sd15[0], torch.device("cpu")
+    if lora:
+        if recipe.format not in ("int8", "nvfp4") or recipe.skip == FEW:
+            return
+        weights = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
+        model = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)[0]
+    source = model.model.diffusion_model
+    _, plans, _ = engine.prepared(source, recipe)
+    planned = prediction.checkpoint(model, recipe, plans, short)
+    trials, call = needs.try_layers(source, plans, device), needs.try_call(model, next(iter(short)))
+    chosen = expected.kernels(planned, model)
+    dequantized = expected.in_floating_point(chosen, planned.layers)
+    running = needs.call_peak(source, plans, trials, call, dequantized, cast=True)
+    quantizing, ram = needs.memory(model, planned, plans, trials, call)
+
+    made, peak = peak_of(lambda: engine.quantize_model(model, recipe, short), device)
+    assert ram == 0
+    assert quantizing == pytest.approx(peak, rel=0.1)
+    loaded = loader.load(made.checkpoint)
+    assert chosen == loader.kernels(loaded)
+    held = info.weight_bytes(loaded)
+    assert expected.held_bytes(planned, model) == held
+    real = needs.try_call(loaded, next(iter(short)))
+    assert held + running == pytest.approx(held + real.peak, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe("int8", skip=FEW),
+        Recipe("int4", "max", skip=FEW),
+        Recipe("nvfp4", "awq_lite", skip=FEW),
+        Recipe("int4", "awq_full", layers=LINEAR_ONLY, skip=FEW),
+    ],
+    ids=name,
+)
+def test_calls_are_counted_as_they_are_made(recipe, sd15, short, monkeypatch):
+    made = []
+
+    def counting(total):
+        return lambda size=1: made.append(size)
+
+    monkeypatch.setattr(engine, "progress", counting)
+    _, plans, _ = engine.prepared(sd15[0].model.diffusion_model, recipe)
+    done = engine.quantize_model(sd15[0], recipe, short)
+    engine.measure(done, loader.load(done.checkpoint))
+    assert made.count(engine.CALL) == needs.calls(plans, len(short))

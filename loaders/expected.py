@@ -1,4 +1,4 @@
-"""Bytes of a quantized UNet's weights as `load` will hold them here, before it is loaded."""
+"""What loading a quantized checkpoint on this device gives, before it is there: kernels and bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,42 @@ import comfy.model_management as management
 import torch
 
 from ..formats.checkpoint import Layer, QuantizedCheckpoint
+from ..utils.capability import EMULATED
+from . import device as devices
+from . import dispatch
+from .eight_bit import handed_over
+
+
+def kernels(checkpoint: QuantizedCheckpoint, model) -> dict[str, dispatch.Kernel]:
+    """Quantized layer name -> the kernel that will run it. Arguments as in `held_bytes`."""
+    gpu, as_stock = devices.current(), checkpoint.opens_in_stock
+    compute, source = compute_dtype(model), model.model.diffusion_model
+    return {
+        name: dispatch.choose(
+            layer,
+            gpu,
+            as_stock,
+            shape=tuple(source.get_submodule(name).weight.shape),
+            dtype=compute,
+            handed=handed_over(name, layer),
+        )
+        for name, layer in checkpoint.layers.items()
+    }
+
+
+def in_floating_point(chosen: dict[str, dispatch.Kernel], layers: dict[str, Layer]) -> list[str]:
+    """Names of the layers whose weight is dequantized whole for each call."""
+    return [
+        name
+        for name, kernel in chosen.items()
+        if kernel.dequantizes or (kernel.level == EMULATED and layers[name].format != "int8")
+    ]
+
+
+def compute_dtype(model) -> torch.dtype:
+    """What activations of a quantized MODEL of this architecture are computed in here."""
+    supported = model.model.model_config.supported_inference_dtypes
+    return management.unet_manual_cast(None, management.get_torch_device(), supported)
 
 
 def held_bytes(checkpoint: QuantizedCheckpoint, model) -> int:
@@ -17,9 +53,8 @@ def held_bytes(checkpoint: QuantizedCheckpoint, model) -> int:
     in the dtype that ComfyUI chooses for this device: 16 bits on a CPU, and on a GPU unless it must
     compute in 32.
     """
-    device = management.get_torch_device()
+    device, compute = management.get_torch_device(), compute_dtype(model)
     supported = model.model.model_config.supported_inference_dtypes
-    compute = management.unet_manual_cast(None, device, supported)
     parameters = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     plain = management.unet_dtype(model_params=parameters, supported_dtypes=supported)
     if device.type == "cpu":

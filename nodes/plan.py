@@ -1,0 +1,51 @@
+"""Plan Quantization: what a recipe will give and take, before anything is quantized."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .planning import plan
+from .quantize_and_load import recipe_of
+from .recipe_inputs import recipe_inputs, why_not
+from .types import Calibration
+
+
+class Plan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ModelOptPlan",
+            display_name="Plan Quantization (ModelOpt)",
+            category="ModelOpt",
+            description="Tells before the run how large the quantized file will be (to the byte), "
+            "what memory it takes to run and to quantize, how long it takes here, what opens in "
+            "stock ComfyUI and what this machine computes natively. Nothing is quantized.",
+            search_aliases=["predict size", "vram", "which format", "how long"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL to plan for, in 16 or 32 bits."),
+                *recipe_inputs(),
+                Calibration.Input(
+                    "calibration",
+                    optional=True,
+                    tooltip="The recording you will quantize with: one of its UNet calls is measured. "
+                    "Without it, a call's memory and time are not known.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="plan", tooltip="The text shown on the node."),
+                io.Int.Output(display_name="file_bytes", tooltip="Bytes of the file."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, skip: str | None = None, format=None) -> bool | str:
+        """`skip` is named because ComfyUI reports the answer on an input that it did pass."""
+        return why_not(format) or True
+
+    @classmethod
+    def execute(cls, model, format, layers, skip, calibration=None) -> io.NodeOutput:
+        text, figures = plan(model, recipe_of(format, layers, skip), calibration)
+        return io.NodeOutput(
+            text, figures["file_bytes"], ui={"text": [text], "modelopt": [figures]}
+        )
