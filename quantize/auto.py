@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ..formats import FORMATS, files
-from ..formats.checkpoint import PER_TOKEN, SIXTEEN, Layer
+from ..formats import FORMATS
+from ..formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC
 from ..utils.progress import progress
-from . import assign, engine, prediction, quality, sensitivity
-from .layers import LINEAR_AND_CONV, LINEAR_ONLY
+from . import assign, engine, quality, sensitivity
+from .layers import LINEAR_ONLY
 from .mixed import Mixed
-from .recipe import AWQ_LITE, MAX, MSE, PERCENTILE, SMOOTHQUANT, LayerPlan, Recipe
+from .recipe import AWQ_LITE, MAX, MSE, SMOOTHQUANT, Recipe
+from .space import Measured, Space
 
 log = logging.getLogger(__name__)
 SIZE, BITS, QUALITY = "size", "bits", "quality"
@@ -26,7 +26,6 @@ CANDIDATES: dict[str, tuple[dict, ...]] = {
     "int8": (
         {"algorithm": MSE},
         {"algorithm": SMOOTHQUANT},
-        {"algorithm": PERCENTILE},
     ),
     "int8_weights": ({"format": "int8", "algorithm": MSE, "activations": SIXTEEN},),
     "fp8": ({"algorithm": MSE}, {"algorithm": MSE, "activations": PER_TOKEN}),
@@ -35,9 +34,6 @@ CANDIDATES: dict[str, tuple[dict, ...]] = {
     "int4": ({"algorithm": MSE}, {"algorithm": AWQ_LITE}),
     "w4a8": ({"algorithm": AWQ_LITE},),
 }
-# layers that a fused kernel runs at once must have one format: the self-attention's q, k and v, and
-# the cross-attention's k and v
-GROUPS = (re.compile(r"(.*\.attn1)\.to_[qkv]"), re.compile(r"(.*\.attn2)\.to_[kv]"))
 # how often a target of quality is corrected by what was measured
 ROUNDS = 4
 # dB above a target of quality that are not worth another round
@@ -57,27 +53,19 @@ class Goal:
         return {"kind": self.kind, "value": self.value}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One recipe on all the layers that it fits. costs: layer -> what it adds to the sum of squared
-    errors; signal: the sum of squares of the outputs; sqnr: measured, in dB, of the whole."""
-
-    recipe: Recipe
-    costs: Mapping[str, float]
-    signal: float
-    sqnr: float
-
-
 @dataclass
 class Auto:
     """made: the result. recipe: as chosen. predicted, measured: SQNR in dB, on the calls that were
-    looked at, in low-precision arithmetic. uniform: recipe -> file size and SQNR of it alone."""
+    looked at, in low-precision arithmetic. uniform: recipe -> file size and SQNR of it alone.
+    all_layers: those that could be quantized.
+    """
 
     made: engine.Quantized
     recipe: Mixed
     predicted: float
     measured: float
     uniform: list[tuple[Recipe, int, float]]
+    all_layers: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -94,29 +82,32 @@ def auto_quantize(
     skip: tuple[str, ...],
     load: Callable,
     sixteen: bool = True,
+    tell: Callable[[str], None] = log.info,
 ) -> Auto:
     """Quantizes a MODEL with the best mix of `formats` for the goal; the MODEL is not changed.
 
     formats: keys of CANDIDATES; sixteen: layers may also stay in 16 bits. load: quantized
-    checkpoint -> MODEL that runs it in low-precision arithmetic. What was measured of a recipe is
+    checkpoint -> MODEL that runs it in low-precision arithmetic. tell: is given a sentence on what
+    is being done, from time to time. What was measured of a recipe is
     kept while the calibration lives, so that another goal costs one quantization. Raises ValueError
     (rule, value, where, remedy) where the goal cannot be met, and ComfyUI's
     InterruptProcessingException on cancel.
     """
     names, candidates = _candidates(model, formats, layers, skip)
-    measured = _measure(model, calibration, names, candidates, load)
+    measured = _measure(model, calibration, names, candidates, load, tell)
     choices = tuple(one.recipe for one in measured)
-    space = _Space(model, names, measured, sixteen)
+    space = Space(model, names, measured, sixteen)
     uniform = []
     for index, one in enumerate(measured):
         recipe = Mixed(choices, dict.fromkeys(one.costs, index), goal.describe())
         uniform.append((one.recipe, space.file_size(recipe, calibration), one.sqnr))
     if goal.kind == QUALITY:
-        found = _for_quality(model, calibration, space, goal, load)
+        found = _for_quality(model, calibration, space, goal, load, tell)
     else:
+        tell("Quantizing with the best mix")
         found = _for_budget(model, calibration, space, goal, load)
         _not_worse(found, model, calibration, space, goal, uniform, load)
-    found.uniform = uniform
+    found.uniform, found.all_layers = uniform, list(names)
     return found
 
 
@@ -136,6 +127,12 @@ def _decibel(references: list[torch.Tensor], outputs: list[torch.Tensor]) -> flo
     return sum(map(quality.Energy.of, references, outputs), quality.Energy()).db
 
 
+def words(recipe: Recipe) -> str:
+    """A recipe in a few words."""
+    rest = "" if recipe.activations == STATIC else f", activations {recipe.activations}"
+    return f"{recipe.format} {recipe.algorithm}{rest}"
+
+
 # ---- what there is to choose from
 
 
@@ -150,8 +147,6 @@ def _candidates(model, formats, layers: str, skip) -> tuple[dict[str, str], list
     for name in formats:
         for options in CANDIDATES[name]:
             options = {"format": name, **options}
-            if options["algorithm"] == PERCENTILE and settled.layers != LINEAR_AND_CONV:
-                continue  # is max there
             if options["algorithm"] == SMOOTHQUANT and settled.layers == LINEAR_ONLY:
                 continue  # would keep the file out of stock ComfyUI
             if options.get("activations") == PER_TOKEN and settled.layers == LINEAR_ONLY:
@@ -171,15 +166,16 @@ def _fitting(model, recipe: Recipe, names: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _measure(model, calibration, names, candidates: list[Recipe], load) -> list[Measured]:
+def _measure(model, calibration, names, candidates: list[Recipe], load, tell) -> list[Measured]:
     """Costs and quality of every candidate; of those that are known already, as they are known."""
     cache = _known.setdefault(calibration, {})
     who = (weakref.ref(model.model), model.patches_uuid, tuple(names))
     missing = [one for one in candidates if (*who, one) not in cache]
     if missing:
+        tell(f"Sensitivity: gradients of {len(names)} layers")
         samples, signal = _listen(model, calibration, list(names))
-    for recipe in missing:
-        log.info("ModelOpt: measuring %s %s", recipe.format, recipe.algorithm)
+    for number, recipe in enumerate(missing, start=1):
+        tell(f"Sensitivity: {words(recipe)}, {number} of {len(missing)}")
         fitting = _fitting(model, recipe, names)
         if not fitting:
             cache[(*who, recipe)] = None
@@ -231,7 +227,7 @@ def _measure_one(model, calibration, whole: Mixed, samples, signal, load) -> Mea
     step = progress(engine.CALL * len(made.records) + len(layers))
     try:
         with torch.inference_mode(False), torch.no_grad():
-            quantized = load(made.checkpoint)
+            quantized = load(made.checkpoint, takes=True)
             outputs = bridge.run_loaded(quantized, made.records, lambda: step(engine.CALL))
             unet, device, dtype = bridge.load(quantized, made.records)
             costs = sensitivity.costs(samples, unet, layers, device, dtype, step)
@@ -239,98 +235,25 @@ def _measure_one(model, calibration, whole: Mixed, samples, signal, load) -> Mea
         quantized = unet = None
         bridge.release_memory()
     sqnr = _decibel(made.references, outputs)
+    if math.isfinite(sqnr) and sum(costs.values()) > 0:
+        # what rounding of one kind does to many elements at once is not in the sum of squares: to
+        # first order it is the same in all layers, and measured here
+        share = signal * 10 ** (-sqnr / 10) / sum(costs.values())
+        costs = {name: cost * share for name, cost in costs.items()}
     return Measured(whole.choices[0], costs, signal, sqnr)
-
-
-class _Space:
-    """Groups of layers and their options, sizes from shapes alone."""
-
-    def __init__(self, model, names: Mapping[str, str], measured: list[Measured], sixteen: bool):
-        self.model, self.measured = model, measured
-        self.choices = tuple(one.recipe for one in measured)
-        self.signal = measured[0].signal
-        self.groups: list[list[str]] = _grouped(names)
-        self.weights = sum(math.prod(self._weight(n).shape) for n in names)
-        sizes = [self._sizes(one) for one in measured]
-        self.indices: list[list[int | None]] = []
-        self.options: list[list[assign.Option]] = []
-        for group in self.groups:
-            indices: list[int | None] = [
-                i for i, one in enumerate(measured) if all(name in one.costs for name in group)
-            ]
-            options = [
-                assign.Option(
-                    sum(sizes[i][name] for name in group),
-                    sum(measured[i].costs[name] for name in group),
-                )
-                for i in indices
-            ]
-            if sixteen or not indices:
-                indices.append(None)
-                options.append(assign.Option(sum(2 * self._weight(n).numel() for n in group), 0.0))
-            self.indices.append(indices)
-            self.options.append(options)
-
-    def _weight(self, name: str) -> torch.Tensor:
-        return self.model.model.diffusion_model.get_submodule(name).weight
-
-    def _sizes(self, one: Measured) -> dict[str, float]:
-        """Bytes of each layer's weight and scales."""
-        whole = Mixed((one.recipe,), dict.fromkeys(one.costs, 0))
-        unet = self.model.model.diffusion_model
-        _, plans, _ = engine.prepared(unet, whole)
-        return {name: self._layer(unet, name, plan) for name, plan in plans.items()}
-
-    def _layer(self, unet, name: str, plan: LayerPlan) -> float:
-        tensors, entry = prediction.layer(unet.get_submodule(name), plan, calibrated=True)
-        assert isinstance(entry, Layer)
-        return float(sum(t.nbytes for key, t in tensors.items() if key != "bias"))
-
-    def recipe(self, chosen: list[int], goal: Goal) -> Mixed:
-        """The mixed recipe of a choice."""
-        assignment = {}
-        for group, indices, taken in zip(self.groups, self.indices, chosen, strict=True):
-            if indices[taken] is not None:
-                assignment |= dict.fromkeys(group, indices[taken])
-        if not assignment:
-            raise ValueError(
-                f"a quantized MODEL must have a quantized layer, the target {goal.kind} "
-                f"{goal.value:g} leaves all in 16 bits: choose a smaller size or a lower SQNR"
-            )
-        used = sorted(set(assignment.values()))
-        choices = tuple(self.choices[i] for i in used)
-        order = {i: number for number, i in enumerate(used)}
-        numbered = {name: order[i] for name, i in assignment.items()}
-        return Mixed(choices, numbered, goal.describe())
-
-    def file_size(self, recipe: Mixed, calibration) -> int:
-        """Bytes of the file, exactly."""
-        _, plans, _ = engine.prepared(self.model.model.diffusion_model, recipe)
-        return files.size(prediction.checkpoint(self.model, recipe, plans, calibration))
-
-    def decibel(self, noise: float) -> float:
-        return 10 * math.log10(self.signal / noise) if noise > 0 else math.inf
-
-
-def _grouped(names: Mapping[str, str]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        match = next((m for pattern in GROUPS if (m := pattern.fullmatch(name))), None)
-        groups.setdefault(f"{match[1]}.*" if match else name, []).append(name)
-    return list(groups.values())
 
 
 # ---- the search
 
 
-def _for_budget(model, calibration, space: _Space, goal: Goal, load) -> Auto:
+def _for_budget(model, calibration, space: Space, goal: Goal, load) -> Auto:
     chosen, recipe = _within(space, goal, calibration)
     made, sqnr = quantize_with(model, recipe, calibration, load)
     predicted = space.decibel(assign.total(space.options, chosen).noise)
     return Auto(made, recipe, predicted, sqnr, [])
 
 
-def _within(space: _Space, goal: Goal, calibration) -> tuple[list[int], Mixed]:
+def _within(space: Space, goal: Goal, calibration) -> tuple[list[int], Mixed]:
     """The choice of least noise within a size or a number of bits."""
     smallest = [min(range(len(o)), key=lambda i: o[i].size) for o in space.options]
     if goal.kind == BITS:
@@ -370,8 +293,8 @@ def _not_worse(found: Auto, model, calibration, space, goal: Goal, uniform, load
         if goal.kind == SIZE:
             return size <= goal.value
         rest = [n for group in space.groups for n in group if n not in one.costs]
-        sixteen = sum(2 * space._weight(name).numel() for name in rest)
-        return 8 * (sum(space._sizes(one).values()) + sixteen) / space.weights <= goal.value
+        sixteen = sum(2 * space.weight(name).numel() for name in rest)
+        return 8 * (sum(space.sizes(one).values()) + sixteen) / space.weights <= goal.value
 
     better = [
         (sqnr, index)
@@ -383,7 +306,7 @@ def _not_worse(found: Auto, model, calibration, space, goal: Goal, uniform, load
     sqnr, index = max(better)
     one = space.measured[index]
     found.notes.append(
-        f"One recipe for all layers, {one.recipe.format} {one.recipe.algorithm}: it measured "
+        f"One recipe for all layers, {words(one.recipe)}: it measured "
         f"{sqnr:.2f} dB, the mix {found.measured:.2f} dB."
     )
     found.recipe = Mixed((one.recipe,), dict.fromkeys(one.costs, 0), goal.describe())
@@ -391,11 +314,12 @@ def _not_worse(found: Auto, model, calibration, space, goal: Goal, uniform, load
     found.predicted = space.decibel(sum(one.costs.values()))
 
 
-def _for_quality(model, calibration, space: _Space, goal: Goal, load) -> Auto:
+def _for_quality(model, calibration, space: Space, goal: Goal, load, tell) -> Auto:
     """The smallest mix that measures the SQNR, corrected by what earlier ones measured."""
     correction, best = 0.0, None
     tried: list[str] = []
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
+        tell(f"Quantizing with a mix of {goal.value:g} dB, round {number}")
         noise = space.signal * 10 ** (-(goal.value + correction) / 10)
         chosen = assign.least_size(space.options, noise)
         if chosen is None:

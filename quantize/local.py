@@ -45,12 +45,9 @@ class Sample:
         return Energy.of(self.made, self._of(module, device, dtype))
 
     def cost(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> float:
-        """The square of what the noise of `module` adds to the number that the gradient is of; noise
-        of different positions is taken as independent, that of one position's channels is not."""
+        """The sum of squares of gradient times noise of `module`, over the whole layer's output."""
         noise = self.made.double() - self._of(module, device, dtype).double()
-        channels = 1 if self.crop is not None or noise.ndim == 4 else -1
-        each = (noise * self.gradient.double()).sum(channels)
-        return each.square().sum().item() * self.stands_for
+        return (noise * self.gradient.double()).square().sum().item() * self.stands_for
 
     def _of(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype):
         found = module(self.given.to(device=device, dtype=dtype))
