@@ -60,6 +60,7 @@ def auto_and_load(model, calibration, target: dict, allowed: list[str], layers, 
         uniform,
         sorted(set(found.all_layers) - set(found.recipe.assignment)),
         found.notes,
+        sum(layer.weight_only for layer in found.made.checkpoint.layers.values()),
     )
     figures |= {
         "predicted_sqnr_db": auto_report.plain(found.predicted),

@@ -235,11 +235,6 @@ def _measure_one(model, calibration, whole: Mixed, samples, signal, load) -> Mea
         quantized = unet = None
         bridge.release_memory()
     sqnr = _decibel(made.references, outputs)
-    if math.isfinite(sqnr) and sum(costs.values()) > 0:
-        # what rounding of one kind does to many elements at once is not in the sum of squares: to
-        # first order it is the same in all layers, and measured here
-        share = signal * 10 ** (-sqnr / 10) / sum(costs.values())
-        costs = {name: cost * share for name, cost in costs.items()}
     return Measured(whole.choices[0], costs, signal, sqnr)
 
 

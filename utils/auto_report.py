@@ -22,17 +22,24 @@ def text(
     uniform: Sequence[tuple[str, int, float]],
     sixteen: Sequence[str],
     notes: Sequence[str],
+    weight_only: int,
 ) -> tuple[str, str]:
     """What stands above the report of quantizing, and below it.
 
     size: bytes of the file; SQNR in dB. uniform: one recipe for all layers -> size and SQNR.
-    sixteen: layers that the mix leaves in 16 bits.
+    sixteen: layers that the mix leaves in 16 bits; weight_only: how many layers compute in 16 bits
+    with weights of fewer.
     """
     goal = recipe["goal"]
     lines = [f"Target: {goal_words(goal)}", f"Reached: {megabytes(size)}, {measured:.2f} dB"]
     if goal.get("kind") == "size":
         lines[-1] += f" ({size / goal['value']:.4f} of the target)"
     lines.append(f"The sensitivities predicted {predicted:.2f} dB")
+    if weight_only:
+        lines.append(
+            f"{weight_only} layers have small weights but compute in 16 bits, which saves memory and "
+            "not time: for speed, do not allow int8_weights and int4."
+        )
     lines += notes
     lines.append("One recipe for all layers would give, in the same low-precision arithmetic:")
     lines += [f"  {name}: {megabytes(bytes_)}, {sqnr:.2f} dB" for name, bytes_, sqnr in uniform]
