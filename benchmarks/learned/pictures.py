@@ -99,7 +99,9 @@ def rgb(latent: torch.Tensor) -> torch.Tensor:
     """Latents [B, 4, H, W] in the model's own space -> pictures [B, 3, H, W], 0 to 1."""
     matrix, offset = _map()
     inverse = torch.linalg.inv(matrix)
-    return torch.einsum("co,bohw->bchw", inverse, latent + offset.view(1, 4, 1, 1))[:, :3].clamp(0, 1)
+    return torch.einsum("co,bohw->bchw", inverse, latent + offset.view(1, 4, 1, 1))[:, :3].clamp(
+        0, 1
+    )
 
 
 @functools.cache

@@ -46,6 +46,9 @@ class Settings:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+QUICK = Settings(steps=4, batches=((8, 4),))  # shows that it runs, learns nothing
+
+
 def new_unet(seed: int) -> torch.nn.Module:
     """ComfyUI's UNetModel with fresh fp32 weights; residual branches start at 0, as in ADM."""
     import comfy.ops
@@ -75,7 +78,9 @@ def _attention(_default: Callable, *args, **kwargs) -> torch.Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
-def loss(unet: torch.nn.Module, sigmas: torch.Tensor, settings: Settings, step: int) -> torch.Tensor:
+def loss(
+    unet: torch.nn.Module, sigmas: torch.Tensor, settings: Settings, step: int
+) -> torch.Tensor:
     """Mean squared error of the predicted noise for one step's batch (DDPM's simple loss).
 
     sigmas: [1000] of ComfyUI's ModelSamplingDiscrete; 1 / (sigma² + 1) is the share of the drawing.
@@ -147,12 +152,12 @@ def train(settings: Settings, folder: Path, say: Callable[[str], None]) -> Path:
                 mine.lerp_(p, 1 - keep)
         sums, seen = sums + value.item(), seen + 1
         if (step + 1) % STATE_EVERY == 0 and step + 1 < settings.steps:
-            each = (time.monotonic() - started) / (step + 1 - first)
-            say(f"step {step + 1} of {settings.steps}: loss {sums / seen:.4f}, {each:.2f} s a step")
-            sums, seen = 0.0, 0
             held = {"unet": unet.state_dict(), "average": average.state_dict()}
             held |= {"optimizer": optimizer.state_dict(), "steps": step + 1}
             _replace(state, lambda path, held=held: torch.save(held, path))
+            each = (time.monotonic() - started) / (step + 1 - first)
+            say(f"step {step + 1} of {settings.steps}: loss {sums / seen:.4f}, {each:.2f} s a step")
+            sums, seen = 0.0, 0
     save(average, done, settings)
     state.unlink(missing_ok=True)
     return done
