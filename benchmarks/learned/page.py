@@ -55,7 +55,7 @@ def defaults(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if own is None or len(group) < 2:
                 continue
             best = max(group, key=lambda row: row["sqnr_db"])
-            most = max(group, key=lambda row: row["right"])
+            most = max(group, key=lambda row: (row["right"], row["default"]))
             found.append(
                 {
                     "format": form,
@@ -85,7 +85,7 @@ def eight_bits(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "recipes": len(chosen),
         "p": least,
         "beyond_noise": sum(p < SIGNIFICANT for p in losses),
-        "largest_loss": max(-row["change"] for row in chosen),
+        "largest_loss": max(0.0, *(-row["change"] for row in chosen)),
         "worst": min(row["change_interval"][0] for row in chosen),
     }
 
@@ -139,12 +139,12 @@ def markdown(result: dict[str, Any]) -> str:
             "context. Recipes marked bold are their format's default.",
             "",
             "**What it cannot tell**: how a full SDXL or SD1.5 does on real pictures. It is small, "
-            "trained for minutes, has one level and hardly the outlier channels of large models; "
-            "its latents are tiny. It compares recipes with one another on weights and activations "
+            "trained briefly, has one level, tiny latents, and need not have the outlier channels of "
+            "large models. It compares recipes with one another on weights and activations "
             "that were learnt. Small differences of SQNR between recipes are differences on this "
             "one model, calibration and held-out run.",
             "",
-            f"Calibrated on {seen['records']} UNet calls of {seen['runs']} sampling runs. SQNR: of "
+            f"Calibrated on {seen['records']} UNet calls of {seen['runs']} sampling run(s). SQNR: of "
             f"the UNet's output on {asked['records']} calls of {asked['runs']} other runs, all calls "
             "together and the worst one. PSNR: of samples from the same noise against those of the "
             "model in 16 bits, turned to RGB, range 0 to 1, all samples together. Class read right: "
