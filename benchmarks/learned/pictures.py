@@ -43,8 +43,8 @@ def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> 
     if shape == "triangle":
         side = x.abs() * math.sqrt(3) / 2 - y / 2
         return torch.maximum(side, y) - 0.6 * r
-    arm = torch.maximum(x.abs() - r, y.abs() - 0.33 * r)
-    return torch.minimum(arm, torch.maximum(y.abs() - r, x.abs() - 0.33 * r))
+    arm = torch.maximum(x.abs() - r, y.abs() - 0.36 * r)
+    return torch.minimum(arm, torch.maximum(y.abs() - r, x.abs() - 0.36 * r))
 
 
 def draw(labels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -57,7 +57,7 @@ def draw(labels: torch.Tensor, size: int, generator: torch.Generator) -> torch.T
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand((count, *(shape or (1, 1))), generator=generator)
 
-    r = size * uniform(0.30, 0.42)
+    r = size * uniform(0.35, 0.45)
     middle = (size - 1) / 2
     room = size / 2 - r
     grid = torch.arange(size, dtype=torch.float32)
