@@ -30,7 +30,7 @@ WARM_UP = 30  # steps
 class Settings:
     """What decides the trained weights. batches: (latent size, drawings a step), taken in turn."""
 
-    steps: int = 1600
+    steps: int = 1200
     batches: tuple[tuple[int, int], ...] = (*[(8, 32)] * 5, (16, 8))
     rate: float = 4e-4
     decay: float = 0.01
