@@ -1,7 +1,8 @@
 """Trains ComfyUI's SD1.5 UNet, 26 M parameters, on the drawings: eps prediction, EMA, same by seed.
 
 Every step's drawings, noise and dropped contexts depend on the seed and the step only, so that a
-run that was cut off goes on from its last state exactly as it would have.
+run that was cut off goes on from its last state exactly as it would have. Another processor or
+number of threads adds in another order and gives other weights, though of the same quality.
 """
 
 from __future__ import annotations
