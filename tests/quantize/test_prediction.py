@@ -18,6 +18,7 @@ from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, needs, prediction
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_ONLY, MODES
+from comfyui_modelopt.quantize.mixed import Mixed
 from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, Recipe
 from comfyui_modelopt.utils.memory import peak_of
 
@@ -92,6 +93,28 @@ def short(sd15, conditionings):
 def test_size_is_exact(recipe, sd15, short, tmp_path):
     expected = predicted(sd15[0], recipe, short)
     assert written(engine.quantize_model(sd15[0], recipe, short), tmp_path) == expected
+
+
+def test_a_recipe_for_each_layer(sd15, short, tmp_path):
+    block = "input_blocks.1.1.transformer_blocks.0."
+    choices = (
+        Recipe("int8", "smoothquant"),
+        Recipe("nvfp4", "svdquant", rank=8),
+        Recipe("int4", "awq_lite"),
+        Recipe("fp8", "max", activations=PER_TOKEN),
+    )
+    chosen = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_out.0")
+    layers = {block + layer: index for index, layer in enumerate(chosen)}
+    recipe = Mixed(choices, layers | {"input_blocks.1.0.in_layers.2": 1})
+    expected = predicted(sd15[0], recipe, short)
+    made = engine.quantize_model(sd15[0], recipe, short)
+    assert {one.format for one in made.checkpoint.layers.values()} == {
+        "int8",
+        "nvfp4",
+        "int4",
+        "fp8",
+    }
+    assert written(made, tmp_path) == expected
 
 
 @pytest.mark.parametrize("recipe", WITHOUT, ids=name)
