@@ -104,8 +104,11 @@ def bits(checkpoint) -> float:
     return stored / weights
 
 
-def measure(model, recipe, calibration, records: list, references: list) -> dict[str, Any]:
-    """Quantizes and loads; SQNR in dB of the loaded UNet's output for `records`, bytes, seconds."""
+def measure(model, recipe, calibration, records: list, references: list) -> tuple[dict, Any]:
+    """Quantizes and loads: facts and the quantized MODEL.
+
+    Facts are SQNR in dB of the loaded UNet's output for `records`, bytes, seconds.
+    """
     from comfyui_modelopt.loaders import dispatch
     from comfyui_modelopt.loaders import unet as loader
     from comfyui_modelopt.quantize import engine, quality
@@ -117,7 +120,7 @@ def measure(model, recipe, calibration, records: list, references: list) -> dict
     outputs = bridge.run_loaded(quantized, records, lambda: None)
     facts = recipe.describe()
     options = [f"{name} {facts[name]}" for name in OPTIONS if name in facts]
-    return {
+    row = {
         "format": recipe.format,
         "algorithm": recipe.algorithm,
         "options": ", ".join(options),
@@ -131,6 +134,7 @@ def measure(model, recipe, calibration, records: list, references: list) -> dict
         "opens_in_stock": made.checkpoint.opens_in_stock,
         "kernels": sorted({kernel.name for kernel in loader.kernels(quantized).values()}),
     }
+    return row, quantized
 
 
 def run(path: Path, synthetic: bool, args: argparse.Namespace) -> dict[str, Any]:
@@ -153,7 +157,7 @@ def run(path: Path, synthetic: bool, args: argparse.Namespace) -> dict[str, Any]
         say(HEAD)
         rows = []
         for recipe in recipes(args.slow):
-            rows.append(measure(model, recipe, calibration, records, references))
+            rows.append(measure(model, recipe, calibration, records, references)[0])
             say(line(rows[-1]))
     unet = model.model.diffusion_model
     source = {"source": path.name}  # ComfyUI's name for it may be a temporary one

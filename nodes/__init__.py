@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .auto_quantize import AutoQuantize
 from .benchmark import Benchmark
 from .calibration_prompts import CalibrationPrompts
 from .compare import Compare
@@ -26,6 +27,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadCalibration,
     Plan,
     Quantize,
+    AutoQuantize,
     SaveUNet,
     LoadUNet,
     ImportCheckpoint,

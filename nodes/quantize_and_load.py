@@ -28,7 +28,11 @@ def recipe_of(format: dict, layers: str, skip: str) -> Recipe:
 
 def quantize_and_load(model, recipe, calibration, planned: Sizes):
     """-> quantized MODEL, report text, figures (JSON-able). planned: `planning.sizes` of the same."""
-    made = engine.quantize_model(model, recipe, calibration)
+    return loaded_and_told(engine.quantize_model(model, recipe, calibration), recipe, planned)
+
+
+def loaded_and_told(made: engine.Quantized, recipe, planned: Sizes):
+    """The same for what is quantized already."""
     quantized = loader.load(made.checkpoint)
     engine.measure(made, quantized)
     found = loader.loaded(quantized)

@@ -114,7 +114,7 @@ def compare(
     def one_call(*_) -> None:
         step(CALL)
 
-    with torch.inference_mode():  # as ComfyUI samples
+    with torch.no_grad():
         unet, device, dtype = bridge.load(reference, records)
         modules = {name: unet.get_submodule(name) for name in names}
         sampled = local.budget(modules, dtype.itemsize) if modules else (0, 0)
@@ -151,7 +151,7 @@ def compare(
             "original in 16 bits."
         )
     if settings is not None:
-        with torch.inference_mode():
+        with torch.no_grad():
             _judge(made, [one["samples"] for one in latents], sampling)
     return made
 

@@ -30,14 +30,14 @@ class Sample:
     """given, made: a layer's input and the original's output for it, on the CPU.
 
     crop: of a convolution run on `given`, the rows and columns that `made` holds; the others look
-    over the window's edge. squares: what noise in `made` weighs, where a gradient was taken: of its
-    shape. stands_for: how many numbers of the whole output one of `made` stands for.
+    over the window's edge. gradient: of a number with respect to `made`, in its shape, where it was
+    taken. stands_for: how many numbers of the whole output one of `made` stands for.
     """
 
     given: torch.Tensor
     made: torch.Tensor
     crop: tuple[slice, slice] | None = None
-    squares: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
     stands_for: float = 1.0
 
     def compare(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Energy:
@@ -45,10 +45,9 @@ class Sample:
         return Energy.of(self.made, self._of(module, device, dtype))
 
     def cost(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> float:
-        """The noise of `module` in the whole layer's output, each number's square weighed with
-        `squares`: of a squared gradient, what reaches the end of the model."""
-        noise = (self.made.double() - self._of(module, device, dtype).double()).square()
-        return (noise * self.squares.double()).sum().item() * self.stands_for
+        """The sum of squares of gradient times noise of `module`, over the whole layer's output."""
+        noise = self.made.double() - self._of(module, device, dtype).double()
+        return (noise * self.gradient.double()).square().sum().item() * self.stands_for
 
     def _of(self, module: torch.nn.Module, device: torch.device, dtype: torch.dtype):
         found = module(self.given.to(device=device, dtype=dtype))
@@ -94,8 +93,8 @@ def _values(module: torch.nn.Module) -> int:
 class Listener:
     """Hooks on layers of the original, in place inside `with listening():` only.
 
-    One call of each layer is taken after each `next_call()`. gradients: also takes the squares of
-    the gradient of the layer's output, once `backward` has run, and only those calls are kept.
+    One call of each layer is taken after each `next_call()`. gradients: also takes the gradient
+    of the layer's output, once `backward` has run, and only those calls are kept.
     """
 
     def __init__(
@@ -143,8 +142,8 @@ class Listener:
 
             def weigh(gradient: torch.Tensor) -> None:
                 for one, sample in zip(places, samples, strict=True):
-                    squares = one.of(gradient.detach()).float().square().cpu()
-                    weighed = replace(sample, squares=squares, stands_for=stands_for)
+                    there = one.of(gradient.detach()).float().cpu()
+                    weighed = replace(sample, gradient=there, stands_for=stands_for)
                     self.samples[name].append(weighed)
 
             output.register_hook(weigh)

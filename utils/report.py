@@ -29,11 +29,40 @@ def layer_lines(layers: Mapping[str, object]) -> list[str]:
 
 def recipe_line(recipe: Mapping[str, object]) -> str:
     """Format, algorithm and layers of a recipe in one line."""
+    if recipe.get("format") == "mixed":
+        return mixed_line(recipe)
     algorithm = str(recipe.get("algorithm", "?"))
     options = [f"{name} {recipe[name]}" for name in OPTIONS if name in recipe]
     if options:
         algorithm += f" ({', '.join(options)})"
     return f"{recipe.get('format', '?')}, {algorithm}, {recipe.get('layers', '?')}"
+
+
+def choice_words(choice: Mapping[str, object]) -> str:
+    """A choice of a mixed recipe in a few words."""
+    options = [f"{name} {choice[name]}" for name in OPTIONS if name in choice]
+    return " ".join([str(choice.get("format")), str(choice.get("algorithm")), *options])
+
+
+def mixed_line(recipe: Mapping[str, object]) -> str:
+    """A mixed recipe in one line: what it was made for, and how many layers each choice has."""
+    goal, assignment = recipe.get("goal") or {}, recipe.get("assignment") or {}
+    made_for = goal_words(goal)
+    counts = [
+        f"{len(assignment.get(str(index), ()))} layers {choice_words(choice)}"
+        for index, choice in enumerate(recipe.get("choices") or ())
+    ]
+    return "mixed" + (f" for {made_for}" if made_for else "") + ": " + ", ".join(counts)
+
+
+def goal_words(goal: Mapping[str, object]) -> str:
+    """What a mixed recipe was made for, "" where it does not say."""
+    value = goal.get("value")
+    if not isinstance(value, int | float):
+        return ""
+    if goal.get("kind") == "size":
+        return f"a file of at most {megabytes(value)}"
+    return f"{value:g} bits a weight" if goal.get("kind") == "bits" else f"{value:g} dB"
 
 
 def quality_line(figures: Mapping[str, object] | None) -> str:

@@ -242,3 +242,14 @@ def comfyui_version() -> str:
     import comfyui_version
 
     return comfyui_version.__version__
+
+
+def differentiable_attention() -> dict:
+    """Transformer options by which a UNet attends with PyTorch's own function, which has a gradient:
+    ComfyUI's others write in place or are forward only."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    def own(attention: Callable, *args, **kwargs) -> torch.Tensor:
+        return attention_pytorch(*args, **kwargs)
+
+    return {"optimized_attention_override": own}

@@ -1,0 +1,208 @@
+"""`benchmarks/quality.py`: the drawings, who reads them, the figures, the training, a whole quick run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from comfyui_modelopt.benchmarks import quality
+from comfyui_modelopt.benchmarks.learned import classifier, judging, page, pictures, training
+from comfyui_modelopt.quantize.recipe import Recipe
+from safetensors.torch import load_file
+
+# --- the drawings ---
+
+
+def _drawn(each: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(pictures.CLASSES).repeat(each)
+    return labels, pictures.latents(labels, size, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_classes_are_told_apart_by_the_nearest_mean(size):
+    labels, known = _drawn(200, size, 0)
+    means = torch.stack([known[labels == i].mean(0) for i in range(pictures.CLASSES)])
+    labels, asked = _drawn(50, size, 1)
+    nearest = torch.cdist(asked.flatten(1), means.flatten(1)).argmin(1)
+    right = (nearest == labels).double().mean()
+    # places and sizes vary, which a mean knows nothing of; by chance it is 1 in 24
+    assert right > 0.6
+    colours = len(pictures.COLOURS)
+    assert (nearest % colours == labels % colours).double().mean() > 0.95
+
+
+def test_latents_have_unit_variance_and_give_the_picture_back():
+    labels, latents = _drawn(100, 8, 3)
+    drawn = pictures.draw(labels, 8, torch.Generator().manual_seed(3))
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.05
+    assert latents.mean((0, 2, 3)).abs().max() < 0.05
+    assert (pictures.rgb(latents) - drawn[:, :3].clamp(0, 1)).abs().max() < 1e-5
+
+
+def test_contexts_differ_by_class_and_stay_the_same():
+    labels = torch.arange(-1, pictures.CLASSES)
+    contexts = pictures.context(labels)
+    assert contexts.shape == (pictures.CLASSES + 1, pictures.TOKENS, pictures.WIDTH)
+    apart = torch.cdist(contexts.flatten(1), contexts.flatten(1))
+    apart.fill_diagonal_(math.inf)
+    assert apart.min() > 100  # two of a shape differ in 38 tokens of 768 values of deviation 1
+    assert torch.equal(pictures.context(labels[5:6])[0], contexts[5])
+
+
+# --- the figures ---
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 24), (24, 24), (230, 240)])
+def test_interval_is_wilsons(right, count):
+    z, p = 1.959963984540054, right / count
+    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count**2))
+    assert judging.interval(right, count) == pytest.approx([middle - half, middle + half], abs=1e-9)
+
+
+def test_paired_comparison():
+    before = torch.tensor([True] * 90 + [False] * 10)
+    after = before.clone()
+    after[:10] = False
+    after[90:92] = True
+    found = judging.paired(before, after)
+    assert (found["lost"], found["won"], found["change"]) == (10, 2, -0.08)
+    assert found["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    low, high = found["change_interval"]
+    assert low < -0.08 < high < 0.0
+    same = judging.paired(before, before)
+    assert (same["lost"], same["won"], same["p"]) == (0, 0, 1.0)
+    low, high = same["change_interval"]
+    assert low == -high < 0
+
+
+def test_holm():
+    assert judging.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_psnr_has_a_range_of_one():
+    latents = _drawn(1, 8, 0)[1]
+    assert judging.psnr_db(latents, latents) == math.inf
+    matrix, _ = pictures._map()
+    middle = pictures.latents(torch.zeros(1).long(), 8, torch.Generator()) * 0
+    other = middle + (matrix @ torch.tensor([0.1, 0.1, 0.1, 0.0])).view(1, 4, 1, 1)
+    assert judging.psnr_db(middle, other) == pytest.approx(20, abs=1e-3)
+
+
+def test_page_finds_the_best_recipe_and_the_lost_classes():
+    def row(algorithm, sqnr, readings, **facts):
+        before = torch.ones(len(readings), dtype=torch.bool)
+        right = readings.count("1")
+        return (
+            {
+                "format": "int8",
+                "layers": "linear + conv",
+                "options": "",
+                "algorithm": algorithm,
+                "sqnr_db": sqnr,
+                "right": right,
+                "readings": readings,
+                "default": False,
+            }
+            | judging.paired(before, judging.bits_of(readings))
+            | facts
+        )
+
+    rows = [
+        row("max", 20.0, "1" * 80 + "0" * 20, default=True),
+        row("smoothquant", 25.0, "1" * 99 + "0"),
+    ]
+    (found,) = page.defaults(rows)
+    assert found["best"] == found["most_right"] == "smoothquant"
+    assert found["behind_db"] == 5.0
+    assert (found["lost"], found["won"]) == (19, 0)
+    eight = page.eight_bits(rows)
+    assert eight["beyond_noise"] == 1
+    assert eight["largest_loss"] == pytest.approx(0.2)
+
+
+# --- classifier and training ---
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return classifier.train(steps=120)
+
+
+def test_classifier_reads_drawings_it_has_not_seen(judge):
+    found = classifier.accuracy(judge, (8, 16), count=480)
+    assert min(found.values()) > 0.9
+    again = classifier.train(steps=2).state_dict()
+    for name, tensor in classifier.train(steps=2).state_dict().items():
+        assert torch.equal(tensor, again[name]), name
+
+
+class CutOff(Exception):
+    pass
+
+
+def test_training_is_the_same_by_seed_and_after_being_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "STATE_EVERY", 1)
+    settings = dataclasses.replace(training.QUICK, steps=2, batches=((8, 2),))
+    whole = training.train(settings, tmp_path / "whole", lambda text: None)
+
+    def stop(text: str) -> None:
+        raise CutOff(text)
+
+    with pytest.raises(CutOff, match="step 1 of 2"):
+        training.train(settings, tmp_path / "cut", stop)
+    said = []
+    cut = training.train(settings, tmp_path / "cut", said.append)
+    assert said[0] == "Training goes on from step 1"
+    assert [path.name for path in cut.parent.iterdir()] == [cut.name] == [whole.name]
+    one, other = load_file(whole), load_file(cut)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    assert settings.key != dataclasses.replace(settings, seed=1).key
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return training.train(training.QUICK, tmp_path_factory.mktemp("quality"), lambda text: None)
+
+
+def test_training_learns(trained):
+    import comfy.model_sampling
+
+    unet = training.new_unet(training.QUICK.seed)
+    sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
+    with torch.no_grad():
+        before = training.loss(unet, sigmas, training.QUICK, 1000).item()
+        weights = {k.removeprefix(training.PREFIX): v for k, v in load_file(trained).items()}
+        unet.load_state_dict(weights)
+        after = training.loss(unet, sigmas, training.QUICK, 1000).item()
+    assert 0.8 < before < 1.2  # it starts by predicting 0 for noise of variance 1
+    assert after < before
+
+
+# --- the whole ---
+
+
+def test_quick_run(trained, judge, tmp_path):
+    extent = quality.Extent(24, 2, 120, [Recipe("int8")], calibration_runs=1)
+    results = []
+    quality.run(trained, judge, extent, results.append)
+    (result,) = results
+    own, (row,) = result["reference"], result["rows"]
+    assert own["sqnr_db"] == own["psnr_db"] == math.inf
+    assert (own["lost"], own["won"], own["p"]) == (0, 0, 1.0)
+    assert row["default"]
+    assert row["sqnr_db"] > 15
+    assert 15 < row["psnr_db"] < math.inf  # not one that was left as it is
+    assert row["right"] - own["right"] == row["won"] - row["lost"]
+    assert len(row["readings"]) == row["samples"] == 24
+    result["training"] = dataclasses.asdict(training.QUICK)
+    parsed = json.loads(json.dumps(page.without_infinity(result), allow_nan=False))
+    assert parsed["reference"]["sqnr_db"] is None
+    text = page.markdown(result)
+    assert page.line(row) in text.splitlines()
+    assert page.share(own) in text

@@ -1,0 +1,150 @@
+"""Auto Quantize in a real server: a target, the same recipe again, save, reload; cancel; bad input."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from comfyui_modelopt.devtools.server import ComfyServer
+
+from .workflows import SAMPLING, SKIP, Graph, conditioning
+
+pytestmark = pytest.mark.e2e
+TIMEOUT = 900
+ALLOWED = {
+    "int8": True,
+    "int4": True,
+    "fp8": False,
+    "sixteen_bits": True,
+    "int8_weights": False,
+    "mxfp8": False,
+    "nvfp4": False,
+    "w4a8": False,
+}
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, checkpoints, tmp_path_factory):
+    made = ComfyServer(comfyui, tmp_path_factory.mktemp("auto"))
+    target = made.models / "checkpoints"
+    target.mkdir(parents=True)
+    (target / "sd15.safetensors").symlink_to(checkpoints / "sd15.safetensors")
+    with made:
+        yield made
+
+
+def auto_graph(save: str, target: dict, **more) -> tuple[Graph, str]:
+    graph = Graph()
+    loader = graph.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
+    inputs = conditioning(graph, [loader, 1])
+    record = graph.add(
+        "ModelOptRecordCalibration", model=[loader, 0], **SAMPLING, **inputs, max_records=8
+    )
+    node = graph.add(
+        "ModelOptAutoQuantize",
+        model=[loader, 0],
+        calibration=[record, 1],
+        layers="linear + conv",
+        skip=SKIP,
+        **target,
+        **(ALLOWED | more),
+    )
+    graph.add("ModelOptSaveUNet", model=[node, 0], filename_prefix=save)
+    graph.add("PreviewAny", source=[node, 2])
+    return graph, node
+
+
+def saved(server, name: str) -> bytes:
+    (path,) = (server.models / "diffusion_models").glob(f"{name}_0*.safetensors")
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def done(server):
+    graph, node = auto_graph("first", {"target": "bits", "target.bits": 6.0})
+    result = server.run(graph.nodes, timeout=TIMEOUT)
+    assert result.error is None, result.error
+    preview = next(k for k, n in graph.nodes.items() if n["class_type"] == "PreviewAny")
+    return result, node, result.outputs[preview]["text"][0]
+
+
+def test_report_and_recipe(server, done):
+    result, node, recipe = done
+    (text,) = result.outputs[node]["text"]
+    figures = result.outputs[node]["modelopt"][0]
+    assert text.startswith("Target: 6 bits a weight\nReached: ")
+    assert "One recipe for all layers would give" in text
+    for name in json.loads(recipe)["assignment"]["0"]:
+        assert name in text
+    assert figures["file_bytes"] == figures["planned_file_bytes"] == len(saved(server, "first"))
+    assert {name.split()[0] for name, *_ in figures["uniform"]} == {"int8", "int4"}
+
+
+def test_the_recipe_gives_the_same_file_and_it_samples(server, done):
+    graph, _ = auto_graph("second", {"target": "recipe", "target.recipe": done[2]})
+    result = server.run(graph.nodes, timeout=TIMEOUT)
+    assert result.error is None, result.error
+    assert saved(server, "second") == saved(server, "first")
+    load = Graph()
+    loader = load.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
+    inputs = conditioning(load, [loader, 1])
+    (path,) = (server.models / "diffusion_models").glob("second_0*.safetensors")
+    unet = load.add("ModelOptLoadUNet", unet_name=path.name)
+    latent = load.add("KSampler", model=[unet, 0], **SAMPLING, **inputs)
+    load.add("SaveLatent", samples=[latent, 0], filename_prefix="latents/auto")
+    info = load.add("ModelOptModelInfo", model=[unet, 0])
+    result = server.run(load.nodes, timeout=TIMEOUT)
+    assert result.error is None, result.error
+    assert "mixed for 6 bits a weight" in result.outputs[info]["text"][0]
+
+
+def test_a_second_target_measures_nothing_anew(server, done):
+    graph, node = auto_graph("third", {"target": "size", "target.megabytes": 44.0})
+    told = []
+
+    def on_message(event):
+        told.append(json.dumps(event, default=str))
+
+    result = server.run(graph.nodes, timeout=TIMEOUT, on_message=on_message)
+    assert result.error is None, result.error
+    assert 0.99 * 44e6 <= len(saved(server, "third")) <= 44e6
+    assert not [one for one in told if "Sensitivity" in one]
+
+
+def test_cancel(server, done):
+    graph, node = auto_graph("fourth", {"target": "bits", "target.bits": 6.5}, fp8=True)
+    stopped = threading.Event()
+
+    def on_message(event):
+        data = event.get("data") or {}
+        if event["type"] == "progress" and data.get("node") == node and not stopped.is_set():
+            stopped.set()
+            server.interrupt()
+
+    result = server.run(graph.nodes, timeout=TIMEOUT, on_message=on_message)
+    assert stopped.is_set() and result.interrupted
+    # afterwards the server goes on as before
+    graph, node = auto_graph("fifth", {"target": "bits", "target.bits": 6.0})
+    result = server.run(graph.nodes, timeout=TIMEOUT)
+    assert result.error is None, result.error
+    assert saved(server, "fifth") == saved(server, "first")
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "message"),
+    [
+        ({"target": "size", "target.megabytes": 3.0}, {}, "cannot be reached"),
+        ({"target": "bits", "target.bits": 6.0}, dict.fromkeys(ALLOWED, False), "at least one"),
+        ({"target": "recipe", "target.recipe": "<script>"}, {}, "must be JSON"),
+    ],
+)
+def test_bad_input_is_named(server, done, target, more, message):
+    from comfyui_modelopt.devtools.server import PromptRejected
+
+    graph, _ = auto_graph("none", target, **more)
+    try:
+        error = server.run(graph.nodes, timeout=TIMEOUT).error
+    except PromptRejected as rejected:
+        error = {"exception_message": str(rejected)}
+    assert message in error["exception_message"]

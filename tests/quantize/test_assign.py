@@ -1,0 +1,66 @@
+"""The assignment is the best one: held against trying them all."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from comfyui_modelopt.quantize import assign
+from comfyui_modelopt.quantize.assign import Option
+
+
+def groups_of(seed: int, count: int = 6) -> list[list[Option]]:
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        size = rng.uniform(1e3, 1e6)
+        found.append(
+            [
+                Option(size * share, size * rng.uniform(0.5, 2) * 4.0 ** (-8 * share))
+                for share in (0.25, 0.5, 0.52, 1.0)[: rng.randint(1, 4)]
+            ]
+        )
+        if rng.random() < 0.5:
+            found[-1].append(Option(size, 0.0))
+    return found
+
+
+def all_of(groups) -> list[Option]:
+    return [assign.total(groups, c) for c in itertools.product(*(range(len(g)) for g in groups))]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+def test_least_noise(seed, share):
+    groups = groups_of(seed)
+    tried = all_of(groups)
+    smallest, largest = min(o.size for o in tried), max(o.size for o in tried)
+    limit = smallest + share * (largest - smallest) + 1
+    best = min(o.noise for o in tried if o.size <= limit)
+    found = assign.total(groups, assign.least_noise(groups, limit))
+    assert found.size <= limit * (1 + 1e-6)
+    assert found.noise <= best * 1.001 + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_least_size(seed, share):
+    groups = groups_of(seed)
+    tried = all_of(groups)
+    limit = max(o.noise for o in tried) * share + min(o.noise for o in tried)
+    best = min(o.size for o in tried if o.noise <= limit)
+    found = assign.total(groups, assign.least_size(groups, limit))
+    assert found.noise <= limit * (1 + 1e-6)
+    assert found.size <= best * 1.001
+
+
+def test_what_cannot_be_is_none():
+    groups = groups_of(1)
+    assert assign.least_noise(groups, 10.0) is None
+    assert assign.least_size([[Option(1.0, 5.0)]], 1.0) is None
+
+
+def test_no_noise_at_all():
+    groups = [[Option(1.0, 5.0), Option(2.0, 0.0)]] * 3
+    assert assign.least_size(groups, 0.0) == [1, 1, 1]

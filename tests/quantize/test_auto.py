@@ -1,0 +1,227 @@
+"""Automatic mixed precision on a real UNet: budgets are met, nothing is worse than one format alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from comfyui_modelopt.formats import files
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.nodes.auto_and_load import low_precision
+from comfyui_modelopt.quantize import auto, engine, mixed, quality, sensitivity
+from comfyui_modelopt.quantize.auto import Goal
+from comfyui_modelopt.quantize.bridge import unet as bridge
+from comfyui_modelopt.quantize.calibration import Calibration
+from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_AND_CONV
+from comfyui_modelopt.quantize.recipe import Recipe
+
+FORMATS = ["int8", "int4"]
+
+
+@pytest.fixture(scope="module")
+def search(sd15, calibration):
+    def run(goal: Goal, formats=FORMATS, tell=lambda text: None, sixteen=True):
+        return auto.auto_quantize(
+            sd15[0],
+            calibration,
+            formats,
+            goal,
+            LINEAR_AND_CONV,
+            DEFAULT_SKIP,
+            low_precision,
+            sixteen,
+            tell,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sizes(search):
+    """Uniform int8's and int4's file sizes, and the SQNR of each."""
+    found = search(Goal("bits", 6.0))
+    return {recipe.format: (size, sqnr) for recipe, size, sqnr in found.uniform}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 1.0, 1.3])
+def test_a_size_is_met_and_no_format_alone_is_better(search, sizes, tmp_path, share):
+    (large, _), (small, _) = sizes["int8"], sizes["int4"]
+    target = small + share * (large - small)
+    found = search(Goal("size", target))
+    files.write(found.made.checkpoint, tmp_path / "made.safetensors")
+    size = (tmp_path / "made.safetensors").stat().st_size
+    assert 0.99 * target <= size <= target
+    for recipe, alone, sqnr in found.uniform:
+        assert alone > target or found.measured >= sqnr, recipe
+
+
+def test_bits_are_met(search):
+    found = search(Goal("bits", 6.0))
+    table, tensors = found.made.checkpoint.layers, found.made.checkpoint.tensors
+    stored = sum(
+        8 * tensors[f"{name}.{key}"].nbytes
+        for name, layer in table.items()
+        for key in ("weight", *layer.scales)
+    )
+    left = [name for name in found.all_layers if name not in table]
+    stored += sum(8 * tensors[f"{name}.weight"].nbytes for name in left)
+    weights = sum(
+        math.prod(table[name].shape or tensors[f"{name}.weight"].shape)
+        if name in table
+        else tensors[f"{name}.weight"].numel()
+        for name in found.all_layers
+    )
+    assert 0.99 * 6 <= stored / weights <= 6
+
+
+def test_a_quality_is_met_with_fewer_bytes(search, sizes):
+    size, sqnr = sizes["int8"]
+    found = search(Goal("quality", sqnr - 4))
+    assert found.measured >= sqnr - 4
+    assert files.size(found.made.checkpoint) < size
+
+
+def test_fused_layers_share_a_format(search, sizes):
+    found = search(Goal("size", sum(size for size, _ in sizes.values()) / 2))
+    assignment = found.recipe.assignment
+    block = "input_blocks.1.1.transformer_blocks.0"
+    for names in (("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")):
+        assert len({assignment.get(f"{block}.{name}") for name in names}) == 1
+    assert len(set(assignment.values())) > 1 or len(assignment) < len(found.all_layers)
+
+
+def test_the_recipe_gives_the_same_file(search, sizes, sd15, calibration, tmp_path):
+    found = search(Goal("size", sum(size for size, _ in sizes.values()) / 2))
+    recipe = mixed.read(mixed.write(found.recipe))
+    again = engine.quantize_model(sd15[0], recipe, calibration)
+    for name, made in (("first", found.made), ("second", again)):
+        engine.measure(made, loader.load(made.checkpoint))
+        files.write(made.checkpoint, tmp_path / name)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_a_second_target_measures_nothing_anew(search, sizes):
+    told = []
+    search(Goal("bits", 7.0), tell=told.append)
+    assert not [text for text in told if "Sensitivity" in text]
+    assert told
+
+
+def test_another_calibration_or_model_is_measured_anew(sd15, calibration):
+    told = []
+
+    def run(model, recorded):
+        goal = Goal("bits", 9.0)
+        auto.auto_quantize(
+            model,
+            recorded,
+            ["int8"],
+            goal,
+            "linear only",
+            DEFAULT_SKIP,
+            low_precision,
+            True,
+            told.append,
+        )
+        found = sum("Sensitivity: gradients" in text for text in told)
+        told.clear()
+        return found
+
+    short = Calibration(calibration.runs, calibration.signature, calibration.source)
+    patched = sd15[0].clone()
+    key = "diffusion_model.input_blocks.1.1.proj_in.weight"
+    patched.add_patches({key: (torch.ones(320, 320, 1, 1),)}, 0.01)
+    assert [run(sd15[0], short), run(sd15[0], short), run(patched, short)] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [
+        (Goal("size", 1e6), "cannot be reached, the allowed formats need"),
+        (Goal("bits", 2.0), "cannot be reached, the allowed formats need 4"),
+        (Goal("quality", 500.0), "leaves all in 16 bits"),
+    ],
+)
+def test_what_cannot_be_reached_is_said(search, goal, message):
+    with pytest.raises(ValueError, match=message):
+        search(goal)
+
+
+def test_no_format_allowed(search):
+    with pytest.raises(ValueError, match="at least one format"):
+        search(Goal("bits", 6.0), formats=[])
+
+
+def test_costs_are_those_of_modelopts_objective(sd15, calibration):
+    """Squared gradients of <v, output> times squared changes, here over all positions of a layer."""
+    model = sd15[0]
+    names = ["input_blocks.1.1.transformer_blocks.0.ff.net.2", "middle_block.0.in_layers.2"]
+    record = quality.pick(list(calibration), 2)[0]
+    dtype, options = model.model.get_dtype_inference(), bridge.differentiable_attention()
+    with torch.inference_mode(False), torch.no_grad():
+        twin = bridge.copy_unet(model)
+        samples, signal = sensitivity.listen(
+            twin, names, [record], model.load_device, dtype, options, lambda: None
+        )
+        plain = bridge.copy_unet(model)
+        args, kwargs = record.arguments(model.load_device, dtype, options)
+    other = {name: copy.copy(plain.get_submodule(name)) for name in names}
+    for module in other.values():
+        module._parameters = dict(module._parameters)
+        module._parameters["weight"] = torch.nn.Parameter(module.weight.detach().half().float())
+        module._parameters["weight"].data *= 1.01
+    heard = {}
+
+    def hook(name):
+        def take(module, given, output):
+            output.retain_grad()
+            heard[name] = (given[0].detach(), output)
+
+        return take
+
+    for name in names:
+        plain.get_submodule(name).register_forward_hook(hook(name))
+    output = plain(args[0].clone().requires_grad_(), *args[1:], **kwargs)
+    v = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    (output * v).sum().backward()
+    assert math.isclose(signal, output.detach().double().square().sum().item(), rel_tol=1e-5)
+    for name in names:
+        given, made = heard[name]
+        with torch.no_grad():
+            change = other[name](given) - made
+            wanted = (made.grad.double() * change.double()).square().sum().item()
+            holder = torch.nn.ModuleDict({name.replace(".", "_"): other[name]})
+            assert holder
+            found = sum(s.cost(other[name], model.load_device, dtype) for s in samples[name])
+        # all positions where there are no more than are sampled
+        whole = made[0, ..., 0].numel() <= 64 if made.ndim == 3 else made[:, 0].numel() <= 64
+        assert whole
+        assert math.isclose(found, wanted, rel_tol=1e-3), name
+
+
+def test_gradient_checkpointing_changes_nothing(sd15, calibration):
+    model, record = sd15[0], next(iter(calibration))
+    args, kwargs = record.arguments(
+        model.load_device, model.model.get_dtype_inference(), bridge.differentiable_attention()
+    )
+    outputs = []
+    with torch.inference_mode(False):
+        for change in (lambda unet: None, sensitivity.checkpointed):
+            unet = bridge.copy_unet(model)
+            change(unet)
+            x = args[0].clone().requires_grad_()
+            output = unet(x, *args[1:], **copy.copy(kwargs))
+            output.square().sum().backward()
+            outputs.append((output.detach(), x.grad))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert torch.allclose(outputs[0][1], outputs[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_only_int8_needs_no_recording(sd15):
+    recipe = Recipe("int8", "mse", activations="16 bits")
+    made = engine.quantize_model(sd15[0], recipe)
+    assert all(layer.weight_only for layer in made.checkpoint.layers.values())
+    with pytest.raises(ValueError, match="go with max or mse"):
+        Recipe("int8", "smoothquant", activations="16 bits")

@@ -1,0 +1,401 @@
+"""Compare: its figures are those of an independent computation, and a damaged layer is named."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import numpy
+import pytest
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+from comfyui_modelopt.devtools import synthetic
+from comfyui_modelopt.formats.checkpoint import QuantizedCheckpoint
+from comfyui_modelopt.kernels import backends
+from comfyui_modelopt.loaders import info
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.loaders.fused import FusedResBlock
+from comfyui_modelopt.nodes.compare import Compare, settings_of
+from comfyui_modelopt.quantize import compare, engine, local, pictures
+from comfyui_modelopt.quantize.calibration import Calibration
+from comfyui_modelopt.quantize.recipe import Recipe
+from comfyui_modelopt.utils.compare_report import compare_report, worst_layers
+
+INT8 = Recipe("int8")
+# a Linear and a convolution of the first, the middle and the last block
+DAMAGED = [
+    "input_blocks.1.0.in_layers.2",
+    "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    "middle_block.2.out_layers.3",
+    "middle_block.1.transformer_blocks.0.ff.net.2",
+    "output_blocks.1.0.in_layers.2",
+    "output_blocks.1.1.transformer_blocks.0.attn2.to_out.0",
+]
+
+
+@pytest.fixture(scope="module")
+def pair(sd15, quantized):
+    return sd15[0], loader.load(quantized(INT8).checkpoint)
+
+
+@pytest.fixture(scope="module")
+def short(calibration):
+    """Two of the recorded calls."""
+    run = calibration.runs[0].thinned(2)
+    return Calibration((run,), calibration.signature, calibration.source)
+
+
+def compared(pair, calibration, settings=None):
+    return compare.compare(*pair, calibration, info.quantized_layers(pair[1]), settings)
+
+
+def db(reference: numpy.ndarray, other: numpy.ndarray) -> float:
+    return 20 * math.log10(numpy.linalg.norm(reference) / numpy.linalg.norm(reference - other))
+
+
+def call(model, record) -> torch.Tensor:
+    comfy.model_management.load_models_gpu([model])
+    with torch.no_grad():
+        return model.model.diffusion_model(
+            record.x.float(), record.timesteps, context=record.context.float()
+        )
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_hooks) for module in model.model.modules())
+
+
+@pytest.fixture(scope="module")
+def by_hand(pair, calibration):
+    """Outputs of both MODELs for each record, as numpy arrays in float64."""
+    return [
+        [call(model, record).double().numpy().ravel() for record in calibration] for model in pair
+    ]
+
+
+# ---- figures
+
+
+def test_output_equals_a_computation_by_hand(pair, calibration, by_hand):
+    found = compared(pair, calibration)
+    assert found.calls == len(calibration)
+    assert found.energy.db == pytest.approx(db(*map(numpy.concatenate, by_hand)), abs=1e-4)
+    wanted: dict[float, list] = {}
+    for record, *both in zip(calibration, *by_hand, strict=True):
+        wanted.setdefault(float(record.timesteps[0]), []).append(both)
+    assert [step.timestep for step in found.steps] == sorted(wanted, reverse=True)
+    sampling = pair[0].model.model_sampling
+    for step in found.steps:
+        both = [numpy.concatenate(values) for values in zip(*wanted[step.timestep], strict=True)]
+        assert step.energy.db == pytest.approx(db(*both), abs=1e-4)
+        assert step.sigma == pytest.approx(float(sampling.sigma(torch.tensor(step.timestep))))
+    each = [db(*both) for both in zip(*by_hand, strict=True)]
+    assert found.worst.energy.db == pytest.approx(min(each), abs=1e-4)
+    figures = json.loads(json.dumps(found.figures(), allow_nan=False))
+    assert figures["sqnr_db"] == pytest.approx(found.energy.db, abs=1e-3)
+
+
+def test_layers_equal_a_computation_by_hand(pair, short, monkeypatch):
+    """Every input and output of every layer, kept whole, and what the quantized layer makes of it."""
+    seen: dict[str, list] = {name: [] for name in info.quantized_layers(pair[1])}
+    unet = pair[0].model.diffusion_model
+    handles = [
+        unet.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: seen[name].append((args[0].clone(), output.clone()))
+        )
+        for name in seen
+    ]
+    for record in short:
+        call(pair[0], record)
+    for handle in handles:
+        handle.remove()
+    comfy.model_management.load_models_gpu([pair[1]])
+    wanted = {}
+    for name, calls in seen.items():
+        layer = pair[1].model.diffusion_model.get_submodule(name)
+        with torch.no_grad():
+            made = [(output, layer(given)) for given, output in calls]
+        both = [torch.cat(one).double().numpy().ravel() for one in zip(*made, strict=True)]
+        wanted[name] = db(*both)
+
+    monkeypatch.setattr(local, "POSITIONS", 10**6)
+    whole = {one.name: one.energy.db for one in compared(pair, short).layers}
+    assert list(whole) == [name for name, _ in unet.named_modules() if name in wanted]
+    assert whole == pytest.approx(wanted, abs=0.01)
+    monkeypatch.undo()
+    sampled = {one.name: one.energy.db for one in compared(pair, short).layers}
+    assert sampled == pytest.approx(wanted, abs=2.0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_window_of_a_convolution_gives_what_the_whole_map_has_there(
+    size, stride, padding, dilation
+):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 5, size, stride, padding, dilation).double()
+    x = torch.randn(2, 3, 31, 23, dtype=torch.float64)
+    with torch.no_grad():
+        output = conv(x)
+        for number in range(3):
+            samples = local._windows(conv, x, output, 64, number)
+            assert len(samples) == 4
+            for one in samples:
+                assert one.made.shape == (1, 5, 4, 4)
+                assert one.given.numel() < x.numel() / 2
+                assert one.compare(conv, torch.device("cpu"), torch.float64).db > 250
+        for row in range(output.shape[2] - 3):  # every place, edges included
+            inner, outer, crop = local._span(row, output.shape[2], 31, conv, 0)
+            found = conv(x[:, :, inner])[:, :, crop]
+            assert torch.allclose(found, output[:, :, outer], atol=1e-12)
+
+
+def test_tokens_are_taken_from_everywhere():
+    index = local._scattered(4096, 64, 0)
+    assert len(set(index.tolist())) == 64 and index.max() < 4096
+    assert len({int(i) % 64 for i in index}) > 30  # of many columns of a 64 x 64 picture
+    assert torch.equal(index // 64, torch.arange(64))  # and every row
+    assert not torch.equal(index, local._scattered(4096, 64, 1))
+    assert torch.equal(local._scattered(10, 64, 0), torch.arange(10))
+
+
+@pytest.mark.parametrize("limit", [4 * 2**20, 12 * 2**20])
+def test_samples_stay_within_their_memory(pair, short, monkeypatch, limit):
+    monkeypatch.setattr(local, "LIMIT", limit)
+    monkeypatch.setattr(local, "CALLS", 2)
+    kept = []
+    real = local.Sample
+    monkeypatch.setattr(local, "Sample", lambda *args: kept.append(real(*args)) or kept[-1])
+    found = compared(pair, short)
+    assert len(found.layers) == len(info.quantized_layers(pair[1]))
+    assert 0 < sum(one.given.nbytes + one.made.nbytes for one in kept) <= limit
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_full_models_fit_the_bound_with_all_calls(family):
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = {"image_size": 32, "in_channels": 4, "model_channels": 320, "out_channels": 4}
+    config |= dict(synthetic.UNETS[family, "full"]) | {"use_spatial_transformer": True}
+    config |= {"dtype": torch.float16, "operations": comfy.ops.disable_weight_init}
+    with torch.device("meta"):
+        unet = UNetModel(**config)
+    modules = {n: m for n, m in unet.named_modules() if local.kind(m) and "blocks" in n}
+    assert len(modules) > 100
+    calls, positions = local.budget(modules, 2)
+    assert calls == local.CALLS and positions >= local.WINDOW
+    used = calls * positions // local.WINDOW * 2 * sum(map(local._values, modules.values()))
+    assert used <= local.LIMIT
+
+
+# ---- the layer that is damaged
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_layer_damaged_on_purpose_is_named_worst(sd15, quantized, short, name):
+    checkpoint = quantized(INT8).checkpoint
+    key = f"{name}.weight_scale"
+    tensors = checkpoint.tensors | {key: checkpoint.tensors[key] * 1.3}
+    damaged = QuantizedCheckpoint(tensors, checkpoint.layers, checkpoint.header)
+    # convolutions of other layers, too, are given blocks that hand on 8 bits
+    model = loader.load(damaged, backend=backends.REFERENCE)
+    assert any(isinstance(m, FusedResBlock) for m in model.model.diffusion_model.modules())
+    found = compared((sd15[0], model), short)
+    first, second = worst_layers(found.layers)[:2]
+    assert first.name == name
+    assert first.energy.db == pytest.approx(20 * math.log10(1 / 0.3), abs=2)
+    assert second.energy.db > first.energy.db + 3
+    text = compare_report(found)
+    assert f"1. {first.energy.db:.1f} dB  {name} (int8): stands out; " in text
+    assert text.splitlines()[-8] == name
+
+
+# ---- MODELs of all kinds
+
+
+def test_loras_on_both(sd15, pair, checkpoints, calibration):
+    """Baked in with the original, or on top of the quantized MODEL: it is compared as it samples."""
+    lora = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
+    patched = comfy.sd.load_lora_for_models(sd15[0], None, lora, 1.0, 0)[0]
+    made = engine.quantize_model(patched, INT8, calibration)
+    model = loader.load(made.checkpoint)
+    engine.measure(made, model)
+    found = compared((patched, model), calibration)
+    assert found.energy.db == pytest.approx(made.figures["sqnr_db"], abs=2e-3)
+    without = compared((sd15[0], model), calibration)
+    assert without.energy.db < found.energy.db - 3
+    on_top = comfy.sd.load_lora_for_models(pair[1], None, lora, 1.0, 0)[0]
+    assert compared((patched, on_top), calibration).energy.db > without.energy.db + 3
+    layers = {one.name: one.energy.db for one in compared((patched, on_top), calibration).layers}
+    without = {one.name: one.energy.db for one in compared((sd15[0], on_top), calibration).layers}
+    assert sum(layers[name] > without[name] + 3 for name in layers) > len(layers) / 2
+
+
+def test_models_that_others_quantized(sd15, short, checkpoints):
+    model = comfy.sd.load_diffusion_model(
+        str(checkpoints / "sd15.safetensors"), model_options={"dtype": torch.float8_e4m3fn}
+    )
+    found = compared((sd15[0], model), short)
+    assert {one.layer for one in found.layers} == {"float8_e4m3fn"}
+    assert len(found.layers) > 58  # it takes every layer
+    assert all(20 < one.energy.db < 60 for one in found.layers)
+    assert "in float8_e4m3fn: median" in compare_report(found)
+    note = "The reference MODEL is quantized itself"
+    assert note in compare_report(compared((model, sd15[0]), short))
+
+
+def test_a_model_beside_itself(sd15, short):
+    found = compared((sd15[0], sd15[0]), short)
+    text = compare_report(found)
+    assert text.startswith("SQNR exact over 2 recorded UNet calls\n")
+    assert "no quantized layer to compare" in text
+    assert found.figures()["sqnr_db"] is None
+    output = Compare.execute(sd15[0], sd15[0], short)  # the chart can be drawn
+    assert output.args[1].shape[-1] == 3
+
+
+def test_other_architectures_are_refused(pair, short):
+    other = comfy.sd.load_diffusion_model_state_dict(synthetic.unet_state_dict("sd2"))
+    with pytest.raises(
+        ValueError, match="of one architecture, got .* in quantized where reference"
+    ):
+        compared((pair[0], other), short)
+    with pytest.raises(ValueError, match="must come from a UNet of the same architecture"):
+        compared((other, other), short)
+
+
+# ---- cancel
+
+
+@pytest.mark.parametrize("last", [1, 2, 4, 20])
+def test_cancel_leaves_no_hook_and_both_models_as_they_were(
+    pair, short, by_hand, calibration, monkeypatch, last
+):
+    """At a call of the reference, at one of the quantized MODEL, among the layers."""
+    real, steps = compare.progress, 0
+
+    def counting(total):
+        step = real(total)
+
+        def counted(size=1):
+            nonlocal steps
+            steps += 1
+            if steps == last:
+                assert last > 2 or hooks(pair[0]) > 50
+                comfy.model_management.interrupt_current_processing(True)
+            step(size)
+
+        return counted
+
+    monkeypatch.setattr(compare, "progress", counting)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        compared(pair, short)
+    assert steps == last
+    assert hooks(pair[0]) == hooks(pair[1]) == 0
+    record = next(iter(calibration))
+    for model, outputs in zip(pair, by_hand, strict=True):
+        assert numpy.array_equal(call(model, record).double().numpy().ravel(), outputs[0])
+
+
+# ---- pictures
+
+
+def gaussian_ssim(a: numpy.ndarray, b: numpy.ndarray) -> float:
+    """Wang et al. 2004, pixel by pixel: 11 x 11 Gaussian window of sigma 1.5, edges mirrored."""
+    taps = numpy.exp(-0.5 * (numpy.arange(-5, 6) / 1.5) ** 2)
+    window = numpy.outer(taps, taps) / taps.sum() ** 2
+    total = []
+    for channel in range(a.shape[2]):
+        x, y = (numpy.pad(one[:, :, channel], 5, mode="reflect") for one in (a, b))
+        for i in range(a.shape[0]):
+            for j in range(a.shape[1]):
+                p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+                mean_p, mean_q = (window * p).sum(), (window * q).sum()
+                var_p = (window * (p - mean_p) ** 2).sum()
+                var_q = (window * (q - mean_q) ** 2).sum()
+                both = (window * (p - mean_p) * (q - mean_q)).sum()
+                total.append(
+                    (2 * mean_p * mean_q + 0.01**2)
+                    * (2 * both + 0.03**2)
+                    / ((mean_p**2 + mean_q**2 + 0.01**2) * (var_p + var_q + 0.03**2))
+                )
+    return float(numpy.mean(total))
+
+
+def test_psnr_and_ssim_are_the_formulas():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(2, 14, 18, 3, generator=generator)
+    b = (a + 0.1 * torch.randn(a.shape, generator=generator)).clamp(0, 1)
+    b[1] = a[1]
+    (psnr, ssim), same = pictures.likeness(a, b)
+    error = ((a[0] - b[0]).double() ** 2).mean().item()
+    assert psnr == pytest.approx(-10 * math.log10(error), abs=1e-4)
+    assert ssim == pytest.approx(
+        gaussian_ssim(a[0].double().numpy(), b[0].double().numpy()), abs=1e-6
+    )
+    assert 0.3 < ssim < 0.99
+    assert same == (math.inf, pytest.approx(1.0, abs=1e-12))
+    assert pictures.likeness(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))[0][1] == 1
+
+
+def test_latents_become_pictures_of_the_references_range():
+    reference = torch.randn(2, 4, 3, 6, 5)
+    first, second = pictures.of_latents(reference, reference * 2)
+    assert first.shape == second.shape == (6, 6, 5, 4)
+    whole = first.reshape(2, -1)
+    assert torch.equal(whole.amin(1), torch.zeros(2)) and torch.equal(whole.amax(1), torch.ones(2))
+    assert second.amax() > 1
+
+
+@pytest.fixture(scope="module")
+def settings(sd15, conditionings):
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    latent = {"samples": noise, "batch_index": [4, 2]}
+    more = {"seed": 5, "steps": 2, "cfg": 3.0, "denoise": 0.8, "scheduler": "karras"}
+    return pictures.Settings(*conditionings, latent, sd15[2], **more)
+
+
+def test_pictures_are_those_of_ksampler_and_vae_decode(pair, short, settings):
+    import nodes
+
+    found = compared(pair, short, settings)
+    one = settings
+    for model, image in zip(pair, found.images, strict=True):
+        with torch.no_grad():
+            (latent,) = nodes.common_ksampler(
+                *(model, one.seed, one.steps, one.cfg, one.sampler_name, one.scheduler),
+                *(one.positive, one.negative, one.latent),
+                denoise=one.denoise,
+            )
+            assert torch.equal(nodes.VAEDecode().decode(one.vae, latent)[0], image)
+    psnrs = [
+        10 * math.log10(1 / ((a - b) ** 2).mean().item())
+        for a, b in zip(*found.images, strict=True)
+    ]
+    assert [psnr for psnr, _ in found.likeness] == pytest.approx(psnrs, abs=0.01)
+    assert "decoded by the VAE: PSNR" in compare_report(found)
+
+
+def test_latents_are_compared_without_a_vae(pair, short, settings):
+    inputs = vars(settings) | {"latent_image": settings.latent}
+    del inputs["latent"], inputs["vae"]
+    output = Compare.execute(*pair, short, **inputs)
+    text, chart, *images = output.args
+    assert "of the latents, as no VAE is connected: PSNR" in text
+    assert all(isinstance(one, ExecutionBlocker) and "vae" in one.message for one in images)
+    assert output.ui["text"] == [text] and len(output.ui["images"]) == 1
+    assert chart.ndim == 4 and 0 <= chart.min() < chart.max() <= 1
+
+
+def test_some_of_the_inputs_of_pictures_are_an_error(settings):
+    assert settings_of(None, {"seed": 1}) is None
+    with pytest.raises(ValueError, match="got nothing in negative, latent_image: connect"):
+        settings_of(None, {"positive": settings.positive})
+    with pytest.raises(ValueError, match="got nothing in positive"):
+        settings_of(settings.vae, {})
