@@ -75,6 +75,8 @@ def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> d
     import comfy.sd
     import torch
     from comfyui_modelopt.formats import files
+    from comfyui_modelopt.loaders import unet as loader
+    from comfyui_modelopt.nodes import planning
     from comfyui_modelopt.quantize import engine
     from comfyui_modelopt.quantize.bridge import sampling
     from comfyui_modelopt.quantize.recipe import Recipe
@@ -97,12 +99,21 @@ def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> d
         max_records=2,
     )
     form, algorithm, layers = variant
+    recipe = Recipe(form, algorithm, layers=layers)
+    started = time.monotonic()
+    _, planned = planning.plan(model, recipe, calibration)
+    plan_seconds = time.monotonic() - started
     with PeakMemory() as memory:
         started = time.monotonic()
-        made = engine.quantize_model(model, Recipe(form, algorithm, layers=layers), calibration)
+        made = engine.quantize_model(model, recipe, calibration)
         seconds = time.monotonic() - started
+    engine.measure(made, loader.load(made.checkpoint))
     files.write(made.checkpoint, target)
     return {
+        "planned_bytes": planned["file_bytes"],
+        "planned_extra": planned["quantize_bytes"],
+        "planned_seconds": planned["seconds"],
+        "plan_seconds": plan_seconds,
         "model_rss": memory.start,
         "extra_rss": memory.peak - memory.start,
         "seconds": seconds,
@@ -188,8 +199,9 @@ def measure(family: str, folder: Path, wanted: list[str]) -> list[dict]:
 
 HEAD = (
     "| model | recipe | bits a weight | 16-bit file | quantized file | ratio "
-    "| extra memory to quantize / 16-bit file | memory to load / file | quantize s | load s |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| extra memory to quantize / 16-bit file | memory to load / file | quantize s | load s "
+    "| planned size | planned memory to quantize / measured | planned s |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -199,7 +211,18 @@ def _line(row: dict) -> str:
         f"| {row['family']} | {row['variant']} | {bits} | {row['bytes_before'] / 1e9:.3f} GB "
         f"| {row['bytes_after'] / 1e9:.3f} GB | {row['ratio']:.3f} "
         f"| {row['extra_over_16bit']:.2f} | {row['load_over_file']:.2f} "
-        f"| {row['seconds']:.0f} | {row['load_seconds']:.1f} |"
+        f"| {row['seconds']:.0f} | {row['load_seconds']:.1f} {_planned(row)}|"
+    )
+
+
+def _planned(row: dict) -> str:
+    """What Plan Quantization said before, beside what came out; nothing for rows measured earlier."""
+    if "planned_bytes" not in row:
+        return "| | | "
+    off = row["planned_bytes"] - row["bytes_after"]
+    size = "exact" if off == 0 else f"{off:+,} bytes"
+    return (
+        f"| {size} | {row['planned_extra'] / row['extra_rss']:.2f} | {row['planned_seconds']:.0f} "
     )
 
 

@@ -74,9 +74,9 @@ def plan(model, recipe: Recipe, calibration=None) -> tuple[str, dict]:
     chosen = expected.kernels(found.made, model)
     running = None
     if call is not None:
-        streamed = expected.in_floating_point(chosen, found.made.layers)
-        cast = expected.compute_dtype(model) == torch.float32
-        running = needs.call_peak(source, plans, trials, call, streamed, cast)
+        dense = expected.in_floating_point(chosen, found.made.layers)
+        on_cpu = model.load_device.type == "cpu"
+        running = needs.call_peak(source, plans, trials, call, dense, on_cpu)
     to_quantize = needs.memory(model, found.made, plans, trials, call)
     seconds = needs.seconds(source, plans, trials, call, records)
     step()

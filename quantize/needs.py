@@ -148,23 +148,26 @@ def call_peak(
     trials: Mapping[tuple[str, str, str], Trial],
     call: Call,
     dequantized: Collection[str],
-    cast: bool,
+    on_cpu: bool,
 ) -> int | None:
     """Bytes that a call of the quantized UNet takes beside its weights, at its highest: as `call`,
-    or what is there when a layer's weight is dequantized, and that.
+    or what is there when a layer's weight is used in floating point, and that.
 
-    dequantized: names of layers that run so. cast: whether weights that stay in 16 bits are cast for
-    each call (as on a CPU). None where memory is not counted.
+    dequantized: names of layers that run so. On a CPU what stays in 16 bits is cast to 32 for each
+    call, and PyTorch's convolutions copy a weight into an order of their own. None where memory is
+    not counted.
     """
     if call.peak is None:
         return None
     highest = call.peak
     for name, live in call.live.items():
-        count = source.get_submodule(name).weight.numel()
+        weight = source.get_submodule(name).weight
+        plain = 4 * weight.numel() * (2 if weight.ndim == 4 else 1) if on_cpu else 0
         if name in dequantized:
-            highest = max(highest, live + round(trials[key(plans[name])].reading * count))
-        elif name not in plans and cast:
-            highest = max(highest, live + 4 * count)
+            plain = max(plain, round(trials[key(plans[name])].reading * weight.numel()))
+        elif name in plans:
+            continue
+        highest = max(highest, live + plain)
     return highest
 
 
