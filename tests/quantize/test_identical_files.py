@@ -17,6 +17,7 @@ from comfyui_modelopt.quantize import engine
 from comfyui_modelopt.quantize.calibration import Calibration
 from comfyui_modelopt.quantize.recipe import Recipe
 
+pytestmark = pytest.mark.slow
 # the searches are slow: of layers in the middle alone
 MIDDLE = ("input_blocks.*", "output_blocks.*", "out.2", "time_embed.*", "*.emb_layers.*")
 RECIPES = {
