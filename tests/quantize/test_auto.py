@@ -20,6 +20,14 @@ from comfyui_modelopt.quantize.recipe import Recipe
 FORMATS = ["int8", "int4"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_awq():
+    """AWQ takes ten times as long as the rest; tests/quantize/test_mixed.py has it in a mix."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(auto.CANDIDATES, "int4", ({"algorithm": "mse"},))
+        yield
+
+
 @pytest.fixture(scope="module")
 def search(sd15, calibration):
     def run(goal: Goal, formats=FORMATS, tell=lambda text: None, sixteen=True):
