@@ -21,10 +21,12 @@ FORMATS = ["int8", "int4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_awq():
-    """AWQ takes ten times as long as the rest; tests/quantize/test_mixed.py has it in a mix."""
+def without_slow_algorithms():
+    """Searches of scales take ten times as long as the rest; tests/quantize/test_mixed.py and the
+    end-to-end tests have them in a mix."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(auto.CANDIDATES, "int4", ({"algorithm": "mse"},))
+        patch.setitem(auto.CANDIDATES, "int8", ({"algorithm": "max"}, {"algorithm": "smoothquant"}))
+        patch.setitem(auto.CANDIDATES, "int4", ({"algorithm": "max"},))
         yield
 
 
