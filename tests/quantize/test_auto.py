@@ -229,6 +229,26 @@ def test_gradient_checkpointing_changes_nothing(sd15, calibration):
     assert torch.allclose(outputs[0][1], outputs[1][1], rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_loaded_in_inference_mode(checkpoints, calibration):
+    """As ComfyUI's server loads it: a backward pass cannot use such tensors, nor such records."""
+    import comfy.sd
+
+    with torch.inference_mode():
+        model = comfy.sd.load_checkpoint_guess_config(str(checkpoints / "sd15.safetensors"))[0]
+        before = [p.data_ptr() for p in model.model.diffusion_model.parameters()]
+        found = auto.auto_quantize(
+            model,
+            calibration,
+            ["int8"],
+            Goal("bits", 9.0),
+            "linear only",
+            DEFAULT_SKIP,
+            low_precision,
+        )
+    assert found.measured > 0
+    assert before == [p.data_ptr() for p in model.model.diffusion_model.parameters()]
+
+
 def test_weights_only_int8_needs_no_recording(sd15):
     recipe = Recipe("int8", "mse", activations="16 bits")
     made = engine.quantize_model(sd15[0], recipe)
