@@ -61,7 +61,12 @@ def measure(model, calibration, held_out: list, references: list, allowed, goal)
 def line(allowed: str, row: dict[str, Any]) -> str:
     """A row of the table."""
     kind, value = row["goal"]["kind"], row["goal"]["value"]
-    target = f"{value / 1e6:.2f} MB" if kind == "size" else f"{value:.2f} dB"
+    words = {
+        "size": f"{value / 1e6:.2f} MB",
+        "bits": f"{value:g} bits",
+        "quality": f"{value:.2f} dB",
+    }
+    target = words[kind]
     share = f"{row['bytes'] / value:.4f}" if kind == "size" else ""
     best = row["best_uniform"]
     uniform = f"{best[0]:.2f} dB ({best[1]})" if best else "none"

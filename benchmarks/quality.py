@@ -145,8 +145,8 @@ def run(path: Path, judge, extent: Extent, after_each: Callable[[dict], None]) -
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, help="of training")
-    parser.add_argument("--samples", type=int, default=240, help="a recipe, a multiple of 24")
-    parser.add_argument("--sampling-steps", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=192, help="a recipe, a multiple of 24")
+    parser.add_argument("--sampling-steps", type=int, default=6)
     parser.add_argument("--slow", action="store_true", help="awq_full too, which is slow")
     parser.add_argument("--quick", action="store_true", help="little of everything: does it run?")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained files")
@@ -184,7 +184,7 @@ def main() -> int:
     if args.quick:
         extent = Extent(24, 2, 30, [Recipe("fp8"), Recipe("int8")], calibration_runs=1)
     else:
-        chosen = recipes.recipes(args.slow)
+        chosen = recipes.recipes(args.slow, variants=False)
         extent = Extent(args.samples, args.sampling_steps, classifier.STEPS, chosen)
 
     def report(text: str) -> None:

@@ -33,8 +33,11 @@ HELD_OUT_SEED = 10_000
 MAX_RECORDS = 64
 
 
-def recipes(slow: bool) -> list:
-    """Every recipe of the pack, with each choice of layers; awq_full only if `slow`."""
+def recipes(slow: bool, variants: bool = True) -> list:
+    """Every recipe of the pack, with each choice of layers; awq_full only if `slow`.
+
+    variants: also other values of the algorithms' own options than the default ones.
+    """
     from comfyui_modelopt.quantize.layers import LINEAR_AND_CONV, MODES
     from comfyui_modelopt.quantize.recipe import ACTIVATIONS, ALGORITHMS, AWQ_FULL, MAX, Recipe
 
@@ -48,7 +51,7 @@ def recipes(slow: bool) -> list:
                     continue  # is max there
                 found += [
                     Recipe(form, algorithm, layers=layers, **options)
-                    for options in VARIANTS.get(algorithm, ({},))
+                    for options in (VARIANTS.get(algorithm, ({},)) if variants else ({},))
                     if layers == LINEAR_AND_CONV or options.get("convolutions") != "percentile"
                 ]
             found += [

@@ -5,7 +5,8 @@ from __future__ import annotations
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..formats.checkpoint import Layer
-from ..utils.report import model_report
+from ..utils import provenance
+from ..utils.report import kernel_lines, megabytes, model_report
 from . import layouts, unet
 
 
@@ -20,6 +21,21 @@ def describe(model) -> str:
     return model_report(
         found.header, found.layers, unet.kernels(model).values(), weight_bytes(model)
     )
+
+
+def in_full(model) -> tuple[str, str]:
+    """What the node shows and the whole text: how a MODEL of ours was made, and how it runs here.
+    Raises ValueError for any other MODEL."""
+    found = unet.loaded(model)
+    now = [f"Size {megabytes(weight_bytes(model))}", *kernel_lines(unet.kernels(model).values())]
+    patches = sum(1 for key in model.patches if key.startswith(unet.UNET))
+    if patches:
+        now.append(f"{patches} weights carry patches (LoRA) put on top, which the file has not")
+    short, whole = (
+        "\n".join([*now, *provenance.provenance(found.header, found.layers, full)])
+        for full in (False, True)
+    )
+    return short, whole
 
 
 def quantized_layers(model) -> dict[str, Layer | str]:

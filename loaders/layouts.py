@@ -181,6 +181,11 @@ def unwrap(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
+def rewrapped(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same quantized weight as a new tensor of the inference mode that is on, or off, now."""
+    return QuantizedTensor(weight._qdata, weight._layout_cls, weight._params)
+
+
 def channels_last(weight: QuantizedTensor) -> QuantizedTensor:
     """A convolution's quantized weight with its values in the order that NHWC kernels read."""
     values = weight._qdata.contiguous(memory_format=torch.channels_last)

@@ -122,6 +122,14 @@ class QuantizedOp:
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         return None
 
+    def _apply(self, fn, recurse=True):
+        """Moves the layer. A quantized tensor made outside of inference mode cannot become a Parameter
+        inside of it, where ComfyUI's nodes run; "Unload Models" moves outside."""
+        weight = self._parameters.get("weight")
+        if isinstance(weight, QuantizedTensor) and torch.is_inference_mode_enabled():
+            self.weight = torch.nn.Parameter(layouts.rewrapped(weight), requires_grad=False)
+        return self.MOVE(fn, recurse)
+
     def _needs_float_weight(self, input: torch.Tensor) -> bool:
         return (
             self.kernel.dequantizes
@@ -223,6 +231,7 @@ def quantized_ops(
         TAKES = takes
         COMPUTE_DTYPE = compute_dtype
         CHOOSE = staticmethod(choose)
+        MOVE = base.Linear._apply
 
     class Ops(base):
         class Linear(Shared, base.Linear):
@@ -245,8 +254,6 @@ def quantized_ops(
                 return F.linear(input, weight, bias)
 
         class Conv2d(Shared, base.Conv2d):
-            _apply = base.Linear._apply
-
             def expected_shape(self):
                 return (self.out_channels, self.in_channels, *self.kernel_size)
 

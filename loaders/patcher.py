@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..formats import files
+from . import layouts
 
 
 class QuantizedPatcher(ModelPatcher):
@@ -44,6 +45,23 @@ class QuantizedPatcher(ModelPatcher):
             return super().get_key_patches(filter_prefix)
         finally:
             del self.model_state_dict
+
+    def _settle_backups(self) -> None:
+        """Original weights kept outside of inference mode can be put back inside of it; see QuantizedOp."""
+        if torch.is_inference_mode_enabled():
+            for key, kept in self.backup.items():
+                if isinstance(kept.weight, QuantizedTensor):
+                    self.backup[key] = kept._replace(weight=layouts.rewrapped(kept.weight))
+
+    def unpatch_model(self, *args, **kwargs):
+        """Takes patches off the weights."""
+        self._settle_backups()
+        return super().unpatch_model(*args, **kwargs)
+
+    def partially_unload(self, *args, **kwargs):
+        """The same for a part of them."""
+        self._settle_backups()
+        return super().partially_unload(*args, **kwargs)
 
     def _quantized(self, key: str) -> bool:
         return isinstance(comfy.utils.get_attr(self.model, key), QuantizedTensor)

@@ -15,10 +15,13 @@ class ModelInfo(io.ComfyNode):
             node_id="ModelOptModelInfo",
             display_name="Quantized Model Info",
             category="ModelOpt",
-            description="Shows how a quantized MODEL was made, how good it is and what runs it.",
+            description="Shows what a quantized MODEL was made from, how, with which recording and "
+            "versions, how good it is and what runs it.",
             inputs=[io.Model.Input("model", tooltip="A MODEL quantized or loaded by this pack.")],
             outputs=[
-                io.String.Output(display_name="info", tooltip="The text shown on the node."),
+                io.String.Output(
+                    display_name="info", tooltip="What the node shows, with long lists whole."
+                ),
                 io.Image.Output(display_name="chart", tooltip="Bits and size by block."),
             ],
             is_output_node=True,
@@ -26,6 +29,6 @@ class ModelInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        text = info.describe(model)
+        shown, text = info.in_full(model)
         chart = blocks_chart(info.blocks(model), "Quantized UNet by block")
-        return io.NodeOutput(text, chart, ui={"text": [text]})
+        return io.NodeOutput(text, chart, ui={"text": [shown]})

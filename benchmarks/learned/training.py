@@ -2,7 +2,7 @@
 
 Every step's drawings, noise and dropped contexts depend on the seed and the step only, so that a
 run that was cut off goes on from its last state exactly as it would have. Another processor or
-number of threads adds in another order and gives other weights, though of the same quality.
+number of threads adds in another order, so that the weights differ.
 """
 
 from __future__ import annotations

@@ -195,10 +195,15 @@ def prediction_markers(model) -> dict[str, torch.Tensor]:
 
 
 def run_loaded(model, records: Sequence, step: Callable[[], None]) -> list[torch.Tensor]:
-    """Outputs of a MODEL's UNet for the records, float32 on the CPU, loaded as a sampler does."""
-    comfy.model_management.load_models_gpu([model])
-    unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
-    return outputs(unet, records, model.load_device, dtype, step)
+    """Outputs of a MODEL's UNet for the records, float32 on the CPU, loaded as a sampler does.
+
+    In inference mode if its weights were made in it: loaded outside, they could not be moved inside.
+    """
+    made_in_it = any(p.is_inference() for p in model.model.diffusion_model.parameters())
+    with torch.inference_mode(made_in_it), torch.no_grad():
+        comfy.model_management.load_models_gpu([model])
+        unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
+        return outputs(unet, records, model.load_device, dtype, step)
 
 
 def load(model, records: Sequence) -> tuple[torch.nn.Module, torch.device, torch.dtype]:

@@ -10,9 +10,10 @@ import threading
 import numpy
 import pytest
 from comfyui_modelopt.devtools.server import ComfyServer
+from comfyui_modelopt.devtools.workflows import load_workflow, node_id, one
 from PIL import Image
 
-from .workflows import SAMPLING, Graph, conditioning, quantize_inputs
+from .workflows import SAMPLING, SKIP, Graph, conditioning, quantize_inputs
 
 pytestmark = pytest.mark.e2e
 TIMEOUT = 600
@@ -28,43 +29,55 @@ def server(comfyui, checkpoints, tmp_path_factory):
         yield made
 
 
-def compare_graph(pictures: bool = True, images: bool = True) -> tuple[Graph, str]:
-    """The graph and the id of its Compare node; the inputs of pictures and outputs of it are linked
-    if asked for."""
+@pytest.fixture(scope="module")
+def unet(server) -> str:
+    """The name of a quantized file."""
     graph = Graph()
     loader = graph.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
     inputs = conditioning(graph, [loader, 1])
     record = graph.add(
         "ModelOptRecordCalibration", model=[loader, 0], **SAMPLING, **inputs, max_records=8
     )
-    quantize = graph.add(
+    made = graph.add(
         "ModelOptQuantize",
         model=[loader, 0],
         calibration=[record, 1],
         **quantize_inputs("int8", "linear + conv"),
     )
-    more = {**SAMPLING, **inputs, "steps": 2, "vae": [loader, 2]} if pictures else {}
-    compare = graph.add(
-        "ModelOptCompare",
-        reference=[loader, 0],
-        quantized=[quantize, 0],
-        calibration=[record, 1],
-        **more,
-    )
-    graph.add("PreviewAny", source=[compare, 0])
-    graph.add("SaveImage", images=[compare, 1], filename_prefix="chart")
-    if images:
-        for index, name in ((2, "reference"), (3, "quantized")):
-            graph.add("SaveImage", images=[compare, index], filename_prefix=name)
-    return graph, compare
+    graph.add("ModelOptSaveUNet", model=[made, 0], filename_prefix="quantized")
+    result = server.run(graph.nodes, timeout=TIMEOUT)
+    assert result.error is None, result.error
+    (path,) = (server.models / "diffusion_models").glob("quantized_*.safetensors")
+    return path.name
+
+
+def workflow(unet: str, pictures: bool = True, images: bool = True) -> dict:
+    """The shipped workflow with a small picture; without the inputs of pictures, or the nodes that
+    show them, where asked for."""
+    made = load_workflow("compare.json")
+    one(made, "CheckpointLoaderSimple")["ckpt_name"] = "sd15.safetensors"
+    one(made, "ModelOptLoadUNet")["unet_name"] = unet
+    one(made, "EmptyLatentImage").update(width=64, height=64)
+    one(made, "ModelOptRecordCalibration")["steps"] = 4
+    inputs = one(made, "ModelOptCompare")
+    inputs["steps"] = 2
+    if not pictures:
+        for name in set(inputs) - {"reference", "quantized", "calibration"}:
+            del inputs[name]
+    compare = node_id(made, "ModelOptCompare")
+    if not images:
+        shown = ([compare, 2], [compare, 3])
+        for key in [k for k, n in made.items() if any(v in shown for v in n["inputs"].values())]:
+            del made[key]
+    return made
 
 
 @pytest.fixture(scope="module")
-def done(server):
-    graph, node = compare_graph()
-    result = server.run(graph.nodes, timeout=TIMEOUT)
+def done(server, unet):
+    graph = workflow(unet)
+    result = server.run(graph, timeout=TIMEOUT)
     assert result.error is None, result.error
-    return graph, node, result
+    return graph, node_id(graph, "ModelOptCompare"), result
 
 
 def picture(server, name: str) -> numpy.ndarray:
@@ -83,22 +96,45 @@ def test_text_and_chart(server, done):
     worst = sorted(figures["layers"], key=figures["layers"].get)[:8]
     assert text.splitlines()[-8:] == worst
     # the chart, on the node and saved
-    chart = picture(server, "chart")
+    chart = picture(server, "compare_chart")
     assert chart.shape[0] > 800 and chart.shape[1] == 800
     (on_node,) = shown["images"]
     assert len(server.view(on_node)) > 10_000
-    preview = next(k for k, n in graph.nodes.items() if n["class_type"] == "PreviewAny")
-    assert result.outputs[preview]["text"] == [text]
+    previews = [
+        result.outputs[k]["text"] for k, n in graph.items() if n["class_type"] == "PreviewAny"
+    ]
+    assert [text] in previews
     json.dumps(figures, allow_nan=False)
 
 
 def test_pictures_and_their_psnr(server, done):
-    first, second = picture(server, "reference"), picture(server, "quantized")
+    first, second = (picture(server, f"compare_{name}") for name in ("reference", "quantized"))
     assert first.shape == second.shape == (64, 64, 3)
     found = done[2].outputs[done[1]]["modelopt"][0]
     psnr = -10 * math.log10(((first - second) ** 2).mean())
     assert found["psnr_db"] == [pytest.approx(psnr, abs=0.3)]  # the files hold 8 bits
     assert 0 < found["ssim"][0] < 1
+
+
+def test_pictures_stand_side_by_side(done):
+    shown = done[2].outputs[node_id(done[0], "ImageCompare")]
+    assert len(shown["a_images"]) == len(shown["b_images"]) == 1
+
+
+def test_the_whole_header_is_told(done):
+    graph, _, result = done
+    (shown,) = result.outputs[node_id(graph, "ModelOptModelInfo")]["text"]
+    whole = [
+        result.outputs[k]["text"][0] for k, n in graph.items() if n["class_type"] == "PreviewAny"
+    ][1]
+    for text in (shown, whole):
+        assert "Made from: sd15.safetensors\n  SHA-256 " in text
+        assert "  prompts: a red fox in the snow\n" in text
+        assert "18 convolution layers in int8" in text and "  comfyui: " in text
+        assert "SQNR " in text
+    assert "and 3 more" in shown and "Architecture:" not in shown
+    assert SKIP.splitlines()[-1] in whole and "  model_channels: 320" in whole
+    assert len(shown.splitlines()) < 50
 
 
 def test_progress(done):
@@ -109,26 +145,28 @@ def test_progress(done):
     assert values == sorted(values) and len(set(values)) >= 3
 
 
-def test_without_pictures(server):
-    graph, node = compare_graph(pictures=False, images=False)
-    result = server.run(graph.nodes, timeout=TIMEOUT)
+def test_without_pictures(server, unet):
+    graph = workflow(unet, pictures=False, images=False)
+    result = server.run(graph, timeout=TIMEOUT)
     assert result.error is None, result.error
-    assert "Pictures: none. Connect positive" in result.outputs[node]["text"][0]
+    text = result.outputs[node_id(graph, "ModelOptCompare")]["text"][0]
+    assert "Pictures: none. Connect positive" in text
 
 
-def test_pictures_that_are_not_there_are_blocked_with_words(server):
+def test_pictures_that_are_not_there_are_blocked_with_words(server, unet, done):
     """What is linked to them does not run, and the user is told why; the report stands all the same."""
-    graph, node = compare_graph(pictures=False)
-    result = server.run(graph.nodes, timeout=TIMEOUT)
+    graph = workflow(unet, pictures=False)
+    result = server.run(graph, timeout=TIMEOUT)
     assert "only with positive, negative, latent_image and vae" in result.error["exception_message"]
-    assert "SQNR" in result.outputs[node]["text"][0]
-    assert len(list(server.output.glob("reference_*.png"))) == 1  # of the run before
+    assert "SQNR" in result.outputs[node_id(graph, "ModelOptCompare")]["text"][0]
+    assert len(list(server.output.glob("compare_reference_*.png"))) == 1  # of the run before
 
 
-def test_cancel(server, done):
-    graph, node = compare_graph()
-    graph.nodes[node]["inputs"]["seed"] = 99
-    graph.nodes[node]["inputs"]["steps"] = 50
+def test_cancel(server, unet, done):
+    graph, node, first = done
+    inputs = one(graph, "ModelOptCompare")
+    usual = dict(inputs)
+    inputs.update(seed=99, steps=50)
     stopped = threading.Event()
 
     def on_message(event):
@@ -137,12 +175,11 @@ def test_cancel(server, done):
             stopped.set()
             server.interrupt()
 
-    result = server.run(graph.nodes, timeout=TIMEOUT, on_message=on_message)
+    result = server.run(graph, timeout=TIMEOUT, on_message=on_message)
     assert stopped.is_set() and result.interrupted
     # the same MODELs, which the server holds, compare as before
-    graph.nodes[node]["inputs"]["steps"] = 2
-    graph.nodes[node]["inputs"]["seed"] = SAMPLING["seed"]
-    again = server.run(graph.nodes, timeout=TIMEOUT)
+    inputs.update(usual)
+    again = server.run(graph, timeout=TIMEOUT)
     assert again.error is None
-    shown = [run.outputs[node]["modelopt"][0] for run in (again, done[2])]
+    shown = [run.outputs[node]["modelopt"][0] for run in (again, first)]
     assert shown[0] == shown[1]

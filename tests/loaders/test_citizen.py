@@ -411,3 +411,22 @@ def test_torch_compile(both, plain, conditionings, monkeypatch, tmp_path, backen
     else:
         assert sqnr(wanted, output) > 40
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_moved_inside_and_outside_of_inference_mode(quantized, loras, conditionings, with_lora):
+    """ComfyUI's nodes run inside, its "Unload Models" outside, and quantizing calibrates outside."""
+    made = quantized(RECIPE)
+    with torch.inference_mode():
+        model = loader.load(made.checkpoint)
+        with torch.inference_mode(False):
+            engine.measure(made, model)
+        comfy.model_management.unload_all_models()
+        if with_lora:
+            model = comfy.sd.load_lora_for_models(model, None, loras[0], 0.5, 0)[0]
+        expected = sample(model, *conditionings)
+        for inside in (False, True, True):
+            with torch.inference_mode(inside), torch.no_grad():
+                comfy.model_management.unload_all_models()
+            assert torch.equal(sample(model, *conditionings), expected)
+    comfy.model_management.unload_all_models()

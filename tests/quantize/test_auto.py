@@ -20,6 +20,16 @@ from comfyui_modelopt.quantize.recipe import Recipe
 FORMATS = ["int8", "int4"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_slow_algorithms():
+    """Searches of scales take ten times as long as the rest; tests/quantize/test_mixed.py and the
+    end-to-end tests have them in a mix."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(auto.CANDIDATES, "int8", ({"algorithm": "max"}, {"algorithm": "smoothquant"}))
+        patch.setitem(auto.CANDIDATES, "int4", ({"algorithm": "max"},))
+        yield
+
+
 @pytest.fixture(scope="module")
 def search(sd15, calibration):
     def run(goal: Goal, formats=FORMATS, tell=lambda text: None, sixteen=True):

@@ -1,0 +1,86 @@
+"""The header in words: everything on the STRING output, shortened on the node."""
+
+import pytest
+from comfyui_modelopt.formats.checkpoint import Layer
+from comfyui_modelopt.utils.provenance import LONGEST, provenance
+
+HEADER = {
+    "recipe": {
+        "format": "int8",
+        "algorithm": "smoothquant",
+        "alpha": 0.5,
+        "layers": "linear + conv",
+        "skip": ["input_blocks.0.0", "out.2", "time_embed.*", "label_emb.*", "*.emb_layers.*"],
+    },
+    "source": {"name": "mine.safetensors", "sha256": "ab" * 32},
+    "calibration": {
+        "source": "mine.safetensors",
+        "runs": 9,
+        "records": 64,
+        "calls": 180,
+        "prompts": [f"prompt {i}, " + "in the snow " * 12 for i in range(9)],
+        "steps": [20],
+        "cfg": [7.0, 5.5],
+        "samplers": ["euler/normal"],
+        "resolutions": ["1024x1024", "832x1216"],
+    },
+    "quality": {"sqnr_db": 31.25, "worst_sqnr_db": 28.5, "records": 8},
+    "versions": {"comfyui": "0.30.0", "modelopt": "0.47.0", "torch": "2.14.1"},
+    "model": "SDXL",
+    "unet_config": {"model_channels": 320, "channel_mult": [1, 2, 4]},
+    "baked_patches": 12,
+    "imported": {"kind": "a folder", "notes": [f"note {i}" for i in range(6)], "layers_kept": 2},
+    "assignment": {f"layer{i}": "fp8" for i in range(7)},
+    "opens_in_stock": False,
+}
+LAYERS = {
+    "a": Layer("int8", "linear", smoothed=True),
+    "b": Layer("int8", "linear", smoothed=True),
+    "c": Layer("int8", "conv2d"),
+    "d": Layer("fp8", "linear"),
+}
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        for entry in value.values():
+            yield from leaves(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from leaves(entry)
+    elif not isinstance(value, bool):
+        yield value
+
+
+def test_the_whole_text_has_all_of_the_header():
+    text = "\n".join(provenance(HEADER, LAYERS, full=True))
+    for value in leaves({k: v for k, v in HEADER.items() if k != "quality"}):
+        assert str(value) in text, value
+    assert "SQNR 31.2 dB on 8 recorded UNet calls, worst call 28.5 dB" in text
+    for name in ("alpha", "calls", "samplers", "model_channels", "layers_kept", "assignment"):
+        assert f"  {name}: " in text or f"  {name} (" in text or f"{name}:" in text, name
+    for line in ("2 Linear layers in int8 with smoothing", "1 convolution layers in int8"):
+        assert f"  {line}\n" in text
+    assert "more" not in text.replace("numbers more", "")
+
+
+def test_the_node_shows_the_beginnings_of_lists_and_how_much_more_there_is():
+    lines = provenance(HEADER, LAYERS)
+    assert max(map(len, lines)) <= LONGEST + 6
+    assert len(lines) < 60
+    text = "\n".join(lines)
+    assert "  skip: input_blocks.0.0, out.2, time_embed.*, and 2 more" in text
+    assert "  prompts (9):\n    prompt 0, in the snow" in text and "…\n    and 6 more" in text
+    assert "  cfg: 7.0, 5.5" in text
+    assert "SHA-256 " + "ab" * 32 in text
+    assert "  note 2\n  and 3 more\n" in text
+    assert "model_channels" not in text
+    assert "assignment" in text and "and 4 more" in text
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_file_that_says_little(full):
+    text = "\n".join(provenance({"recipe": {}, "versions": None}, LAYERS, full))
+    assert "Made from: a file that ComfyUI did not name" in text
+    assert "Calibration: none" in text and "Recipe: unknown" in text
+    assert "SQNR: not measured" in text

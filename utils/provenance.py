@@ -1,0 +1,106 @@
+"""A quantized MODEL's header in words: what it was made from, how, on what and with what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from .report import layer_lines, opens_line, quality_line
+
+SHOWN = 3  # entries of a list on the node
+LONGEST = 90  # letters of an entry on the node
+# what has lines of its own; anything else in a header follows under its own name
+TOLD = ("recipe", "source", "calibration", "quality", "versions", "baked_patches", "imported")
+TOLD += ("model", "opens_in", "opens_in_stock", "unet_config", "format_version")
+
+
+def provenance(
+    header: Mapping[str, object], layers: Mapping[str, object], full: bool = False
+) -> list[str]:
+    """Lines on everything the header says. full: whole lists; else their beginning and a count."""
+    lines = [
+        *_source(header),
+        *_facts("Recipe", header.get("recipe"), full),
+        "Layers quantized:",
+        *(f"  {line}" for line in layer_lines(layers)),
+        *_calibration(header.get("calibration"), full),
+        quality_line(header.get("quality")),
+        *_facts("Made with", header.get("versions"), full),
+        *_imported(header.get("imported"), full),
+    ]
+    for name, value in sorted(header.items()):
+        if name not in TOLD and value is not None:
+            lines += _other(name, value, full)
+    if full:
+        lines += _facts("Architecture", header.get("unet_config"), full)
+    return [*lines, opens_line(bool(header.get("opens_in_stock")))]
+
+
+def _other(name: str, value: object, full: bool) -> list[str]:
+    """What a newer version of the pack, or another maker, says besides."""
+    if not isinstance(value, Mapping):
+        return _facts(name, {name: value}, full)
+    count = len(value) if full or len(value) <= SHOWN + 1 else SHOWN
+    lines = _facts(name, dict(list(value.items())[:count]), full)
+    return lines if count == len(value) else [*lines, f"  and {len(value) - count} more"]
+
+
+def _source(header: Mapping) -> list[str]:
+    source, baked = header.get("source"), header.get("baked_patches") or 0
+    return [
+        f"Made from: {source['name'] if source else 'a file that ComfyUI did not name'}",
+        *([f"  SHA-256 {source['sha256']}"] if source else []),
+        f"  model {header.get('model', 'unknown')}",
+        f"  weights with baked-in patches (LoRA): {baked}",
+    ]
+
+
+def _calibration(summary: Mapping | None, full: bool) -> list[str]:
+    if not summary:
+        return ["Calibration: none"]
+    return _facts("Calibration", summary, full)
+
+
+def _imported(found: Mapping | None, full: bool) -> list[str]:
+    if not found:
+        return []
+    notes = _listed([str(note) for note in found["notes"]], full)
+    rest = {name: value for name, value in found.items() if name not in ("kind", "notes")}
+    lines = [f"Imported from: {found['kind']}", *(f"  {note}" for note in notes)]
+    return [*lines, *(_facts("Import", rest, full) if rest else [])]
+
+
+def _facts(title: str, facts: Mapping | None, full: bool) -> list[str]:
+    """A title, and a line for each fact; a list's entries stand on lines of their own where long."""
+    if not facts:
+        return [f"{title}: unknown"]
+    lines = [f"{title}:"]
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            value = [f"{key}: {_text(entry)}" for key, entry in value.items()]
+        if not isinstance(value, list | tuple):
+            lines.append(f"  {name}: {_cut(_text(value), full)}")
+            continue
+        entries = _listed([_text(entry) for entry in value], full)
+        in_a_row = ", ".join(entries)
+        if len(in_a_row) <= LONGEST:
+            lines.append(f"  {name}: {in_a_row or 'none'}")
+        else:
+            lines += [f"  {name} ({len(value)}):", *(f"    {entry}" for entry in entries)]
+    return lines
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cut(text: str, full: bool) -> str:
+    return text if full or len(text) <= LONGEST else text[: LONGEST - 1].rstrip() + "…"
+
+
+def _listed(entries: Sequence[str], full: bool) -> list[str]:
+    """The entries, or the first ones and how many more there are."""
+    if full or len(entries) <= SHOWN + 1:
+        return [_cut(entry, full) for entry in entries]
+    rest = len(entries) - SHOWN
+    return [*(_cut(entry, full) for entry in entries[:SHOWN]), f"and {rest} more"]
