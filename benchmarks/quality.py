@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,8 +103,38 @@ def sample(model, judge, count: int, steps: int):
     return Samples(torch.cat(found), torch.cat(right))
 
 
-def run(path: Path, judge, extent: Extent, after_each: Callable[[dict], None]) -> dict[str, Any]:
-    """The table for one trained file. `after_each` gets the result so far after every recipe."""
+def known_rows(earlier: dict[str, Any] | None, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier result, None for none. Raises ValueError where it is of another run."""
+    if earlier is None:
+        return []
+    for name in ("file", "machine", "sampling", "calibration", "held_out"):
+        if earlier[name] != result[name]:
+            raise ValueError(
+                f"rows can be kept of the same run only, {name} is {earlier[name]} in the file and "
+                f"{result[name]} here: leave out --keep, or name another --out"
+            )
+    if earlier["reference"]["readings"] != result["reference"]["readings"]:
+        raise ValueError(
+            "rows can be kept of the same run only, the 16-bit model's samples read otherwise than "
+            "in the file: leave out --keep, or name another --out"
+        )
+    return [
+        {key: math.inf if value is None else value for key, value in row.items()}
+        for row in earlier["rows"]
+    ]
+
+
+def run(
+    path: Path,
+    judge,
+    extent: Extent,
+    after_each: Callable[[dict], None],
+    earlier: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The table for one trained file. `after_each` gets the result so far after every recipe.
+
+    earlier: a result that was cut off, whose rows are kept. Raises ValueError for another run's.
+    """
     import comfy.sd
     import torch
     from comfyui_modelopt.benchmarks import recipes
@@ -133,7 +164,11 @@ def run(path: Path, judge, extent: Extent, after_each: Callable[[dict], None]) -
             "reference": quality.summary(references, again) | judged(own, own),
             "rows": [],
         }
+        result["rows"] = known_rows(earlier, result)
         for recipe in extent.recipes:
+            asked = recipes.identity(recipe).items()
+            if any(asked <= row.items() for row in result["rows"]):
+                continue
             row, quantized = recipes.measure(model, recipe, calibration, records, references)
             row |= judged(own, sample(quantized, judge, extent.samples, steps))
             row["default"] = recipe == Recipe(recipe.format, layers=recipe.layers)
@@ -149,6 +184,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sampling-steps", type=int, default=6)
     parser.add_argument("--slow", action="store_true", help="awq_full too, which is slow")
     parser.add_argument("--quick", action="store_true", help="little of everything: does it run?")
+    parser.add_argument("--keep", action="store_true", help="go on with the rows that --out holds")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained files")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_sd15.json")
     args = parser.parse_args()
@@ -160,6 +196,8 @@ def options() -> argparse.Namespace:
         parser.error(f"--out must end in .json, got {args.out}")
     if args.quick and args.out == RESULTS / "quality_sd15.json":
         parser.error("--quick measures nothing worth keeping: name another --out")
+    if args.keep and not args.out.is_file():
+        parser.error(f"--keep: there is no {args.out} to go on with")
     return args
 
 
@@ -202,7 +240,8 @@ def main() -> int:
         args.out.write_text(text + "\n", encoding="utf-8")
         args.out.with_suffix(".md").write_text(page.markdown(result), encoding="utf-8")
 
-    run(path, judge, extent, after_each)
+    earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.keep else None
+    run(path, judge, extent, after_each, earlier)
     report(f"Written to {args.out} and {args.out.with_suffix('.md').name}")
     return 0
 

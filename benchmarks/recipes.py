@@ -107,6 +107,20 @@ def bits(checkpoint) -> float:
     return stored / weights
 
 
+def identity(recipe) -> dict[str, str]:
+    """What a row says of its recipe: format, algorithm, options and layers."""
+    from comfyui_modelopt.utils.report import OPTIONS
+
+    facts = recipe.describe()
+    options = [f"{name} {facts[name]}" for name in OPTIONS if name in facts]
+    return {
+        "format": recipe.format,
+        "algorithm": recipe.algorithm,
+        "options": ", ".join(options),
+        "layers": recipe.layers,
+    }
+
+
 def measure(model, recipe, calibration, records: list, references: list) -> tuple[dict, Any]:
     """Quantizes and loads: facts and the quantized MODEL.
 
@@ -116,18 +130,12 @@ def measure(model, recipe, calibration, records: list, references: list) -> tupl
     from comfyui_modelopt.loaders import unet as loader
     from comfyui_modelopt.quantize import engine, quality
     from comfyui_modelopt.quantize.bridge import unet as bridge
-    from comfyui_modelopt.utils.report import OPTIONS
 
     made = engine.quantize_model(model, recipe, calibration)
     quantized = loader.load(made.checkpoint, arithmetic=dispatch.INTEGER)
     outputs = bridge.run_loaded(quantized, records, lambda: None)
-    facts = recipe.describe()
-    options = [f"{name} {facts[name]}" for name in OPTIONS if name in facts]
     row = {
-        "format": recipe.format,
-        "algorithm": recipe.algorithm,
-        "options": ", ".join(options),
-        "layers": recipe.layers,
+        **identity(recipe),
         **quality.summary(references, outputs),
         "bits": round(bits(made.checkpoint), 3),
         "bytes": made.checkpoint.nbytes(),

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_matrix
 
 SECONDS = 30
 
@@ -48,6 +46,10 @@ def _values(groups, name: str) -> numpy.ndarray:
 
 
 def _solve(groups, objective, limited, limit: float) -> list[int] | None:
+    # here and not above: importing it takes ComfyUI's start longer than all of the pack
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_matrix
+
     kinds = [number for number, options in enumerate(groups) for _ in options]
     count = len(kinds)
     one_each = coo_matrix((numpy.ones(count), (kinds, range(count))), shape=(len(groups), count))

@@ -32,6 +32,19 @@ def checkpointed(unet: torch.nn.Module) -> None:
             checkpointed(child)
 
 
+def ordinary(unet: torch.nn.Module) -> None:
+    """Gives a copy of a UNet parameters and buffers that a backward pass can use: ComfyUI loads in
+    inference mode, whose tensors cannot be. Must run outside of it."""
+    for module in unet.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                own = torch.nn.Parameter(parameter.data.clone(), requires_grad=False)
+                module._parameters[name] = own
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                module._buffers[name] = buffer.clone()
+
+
 def _anew(forward: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
@@ -54,6 +67,7 @@ def listen(
     ValueError where the model cannot be differentiated.
     """
     modules = {name: unet.get_submodule(name) for name in layers}
+    ordinary(unet)
     checkpointed(unet)
     itemsize = (dtype or torch.float32).itemsize
     calls, positions = local.budget(modules, itemsize + 4)

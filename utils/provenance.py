@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from .report import layer_lines, opens_line, quality_line
+from .report import choice_words, layer_lines, opens_line, quality_line, recipe_line
 
 SHOWN = 3  # entries of a list on the node
 LONGEST = 90  # letters of an entry on the node
@@ -20,7 +20,7 @@ def provenance(
     """Lines on everything the header says. full: whole lists; else their beginning and a count."""
     lines = [
         *_source(header),
-        *_facts("Recipe", header.get("recipe"), full),
+        *_recipe(header.get("recipe"), full),
         "Layers quantized:",
         *(f"  {line}" for line in layer_lines(layers)),
         *_calibration(header.get("calibration"), full),
@@ -53,6 +53,17 @@ def _source(header: Mapping) -> list[str]:
         f"  model {header.get('model', 'unknown')}",
         f"  weights with baked-in patches (LoRA): {baked}",
     ]
+
+
+def _recipe(recipe: Mapping | None, full: bool) -> list[str]:
+    """A mixed recipe names every layer: in full only."""
+    if not recipe or recipe.get("format") != "mixed":
+        return _facts("Recipe", recipe, full)
+    lines = [f"Recipe: {recipe_line(recipe)}"]
+    assignment = recipe.get("assignment") or {}
+    for index, choice in enumerate(recipe.get("choices") or () if full else ()):
+        lines.append(f"  {choice_words(choice)}: {', '.join(assignment.get(str(index), ()))}")
+    return lines
 
 
 def _calibration(summary: Mapping | None, full: bool) -> list[str]:

@@ -32,7 +32,7 @@ def psnr_db(reference: torch.Tensor, measured: torch.Tensor) -> float:
 def interval(right: int, count: int) -> list[float]:
     """Wilson's 95 % score interval of a share."""
     found = binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
-    return [found.low, found.high]
+    return [float(found.low), float(found.high)]
 
 
 def paired(reference: torch.Tensor, measured: torch.Tensor) -> dict[str, Any]:

@@ -206,3 +206,11 @@ def test_quick_run(trained, judge, tmp_path):
     text = page.markdown(result)
     assert page.line(row) in text.splitlines()
     assert page.share(own) in text
+    # a run that goes on measures what is not there yet, and nothing twice
+    both = dataclasses.replace(extent, recipes=[Recipe("int8"), Recipe("fp8_e5m2")])
+    later = quality.run(trained, judge, both, lambda so_far: None, parsed)
+    assert later["rows"][0] == json.loads(json.dumps(row))
+    assert [one["format"] for one in later["rows"]] == ["int8", "fp8_e5m2"]
+    parsed["sampling"]["steps"] = 3
+    with pytest.raises(ValueError, match="sampling is .* leave out --keep"):
+        quality.known_rows(parsed, result)

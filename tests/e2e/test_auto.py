@@ -64,7 +64,7 @@ def saved(server, name: str) -> bytes:
 def done(server):
     graph, node = auto_graph("first", {"target": "bits", "target.bits": 9.0})
     result = server.run(graph.nodes, timeout=TIMEOUT)
-    assert result.error is None, result.error
+    assert result.error is None, (result.error["exception_message"], result.error["traceback"])
     preview = next(k for k, n in graph.nodes.items() if n["class_type"] == "PreviewAny")
     return result, node, result.outputs[preview]["text"][0]
 
@@ -84,7 +84,7 @@ def test_report_and_recipe(server, done):
 def test_the_recipe_gives_the_same_file_and_it_samples(server, done):
     graph, _ = auto_graph("second", {"target": "recipe", "target.recipe": done[2]})
     result = server.run(graph.nodes, timeout=TIMEOUT)
-    assert result.error is None, result.error
+    assert result.error is None, (result.error["exception_message"], result.error["traceback"])
     assert saved(server, "second") == saved(server, "first")
     load = Graph()
     loader = load.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
@@ -95,7 +95,7 @@ def test_the_recipe_gives_the_same_file_and_it_samples(server, done):
     load.add("SaveLatent", samples=[latent, 0], filename_prefix="latents/auto")
     info = load.add("ModelOptModelInfo", model=[unet, 0])
     result = server.run(load.nodes, timeout=TIMEOUT)
-    assert result.error is None, result.error
+    assert result.error is None, (result.error["exception_message"], result.error["traceback"])
     assert "mixed for 9 bits a weight" in result.outputs[info]["text"][0]
 
 
@@ -107,7 +107,7 @@ def test_a_second_target_measures_nothing_anew(server, done):
         told.append(json.dumps(event, default=str))
 
     result = server.run(graph.nodes, timeout=TIMEOUT, on_message=on_message)
-    assert result.error is None, result.error
+    assert result.error is None, (result.error["exception_message"], result.error["traceback"])
     assert 0.99 * 40e6 <= len(saved(server, "third")) <= 40e6
     assert not [one for one in told if "Sensitivity" in one]
 
@@ -127,7 +127,7 @@ def test_cancel(server, done):
     # afterwards the server goes on as before
     graph, node = auto_graph("fifth", {"target": "bits", "target.bits": 9.0})
     result = server.run(graph.nodes, timeout=TIMEOUT)
-    assert result.error is None, result.error
+    assert result.error is None, (result.error["exception_message"], result.error["traceback"])
     assert saved(server, "fifth") == saved(server, "first")
 
 

@@ -22,6 +22,7 @@ NODES = {
     "ModelOptLoadCalibration",
     "ModelOptPlan",
     "ModelOptQuantize",
+    "ModelOptAutoQuantize",
     "ModelOptSaveUNet",
     "ModelOptLoadUNet",
     "ModelOptImport",

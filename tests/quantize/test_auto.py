@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
 from comfyui_modelopt.formats import files
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.nodes.auto_and_load import low_precision
-from comfyui_modelopt.quantize import auto, engine, mixed, quality, sensitivity
+from comfyui_modelopt.quantize import auto, engine, local, mixed, quality, sensitivity
 from comfyui_modelopt.quantize.auto import Goal
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.calibration import Calibration
@@ -151,7 +152,7 @@ def test_another_calibration_or_model_is_measured_anew(sd15, calibration):
     [
         (Goal("size", 1e6), "cannot be reached, the allowed formats need"),
         (Goal("bits", 2.0), "cannot be reached, the allowed formats need 4"),
-        (Goal("quality", 500.0), "leaves all in 16 bits"),
+        (Goal("quality", 500.0), "was not reached with the allowed formats"),
     ],
 )
 def test_what_cannot_be_reached_is_said(search, goal, message):
@@ -164,8 +165,9 @@ def test_no_format_allowed(search):
         search(Goal("bits", 6.0), formats=[])
 
 
-def test_costs_are_those_of_modelopts_objective(sd15, calibration):
+def test_costs_are_those_of_modelopts_objective(sd15, calibration, monkeypatch):
     """Squared gradients of <v, output> times squared changes, here over all positions of a layer."""
+    monkeypatch.setattr(local, "POSITIONS", 4096)
     model = sd15[0]
     names = ["input_blocks.1.1.transformer_blocks.0.ff.net.2", "middle_block.0.in_layers.2"]
     record = quality.pick(list(calibration), 2)[0]
@@ -179,7 +181,7 @@ def test_costs_are_those_of_modelopts_objective(sd15, calibration):
         args, kwargs = record.arguments(model.load_device, dtype, options)
     other = {name: copy.copy(plain.get_submodule(name)) for name in names}
     for module in other.values():
-        module._parameters = dict(module._parameters)
+        module._parameters, module._forward_hooks = dict(module._parameters), OrderedDict()
         module._parameters["weight"] = torch.nn.Parameter(module.weight.detach().half().float())
         module._parameters["weight"].data *= 1.01
     heard = {}
@@ -193,21 +195,17 @@ def test_costs_are_those_of_modelopts_objective(sd15, calibration):
 
     for name in names:
         plain.get_submodule(name).register_forward_hook(hook(name))
-    output = plain(args[0].clone().requires_grad_(), *args[1:], **kwargs)
-    v = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    (output * v).sum().backward()
+    with torch.inference_mode(False), torch.enable_grad():
+        output = plain(args[0].clone().requires_grad_(), *args[1:], **kwargs)
+        v = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        (output * v).sum().backward()
     assert math.isclose(signal, output.detach().double().square().sum().item(), rel_tol=1e-5)
     for name in names:
         given, made = heard[name]
         with torch.no_grad():
             change = other[name](given) - made
             wanted = (made.grad.double() * change.double()).square().sum().item()
-            holder = torch.nn.ModuleDict({name.replace(".", "_"): other[name]})
-            assert holder
             found = sum(s.cost(other[name], model.load_device, dtype) for s in samples[name])
-        # all positions where there are no more than are sampled
-        whole = made[0, ..., 0].numel() <= 64 if made.ndim == 3 else made[:, 0].numel() <= 64
-        assert whole
         assert math.isclose(found, wanted, rel_tol=1e-3), name
 
 
@@ -227,6 +225,26 @@ def test_gradient_checkpointing_changes_nothing(sd15, calibration):
             outputs.append((output.detach(), x.grad))
     assert torch.equal(outputs[0][0], outputs[1][0])
     assert torch.allclose(outputs[0][1], outputs[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_loaded_in_inference_mode(checkpoints, calibration):
+    """As ComfyUI's server loads it: a backward pass cannot use such tensors, nor such records."""
+    import comfy.sd
+
+    with torch.inference_mode():
+        model = comfy.sd.load_checkpoint_guess_config(str(checkpoints / "sd15.safetensors"))[0]
+        before = [p.data_ptr() for p in model.model.diffusion_model.parameters()]
+        found = auto.auto_quantize(
+            model,
+            calibration,
+            ["int8"],
+            Goal("bits", 9.0),
+            "linear only",
+            DEFAULT_SKIP,
+            low_precision,
+        )
+    assert found.measured > 0
+    assert before == [p.data_ptr() for p in model.model.diffusion_model.parameters()]
 
 
 def test_weights_only_int8_needs_no_recording(sd15):
