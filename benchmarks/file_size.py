@@ -2,7 +2,8 @@
 
 `python benchmarks/file_size.py --family sd15` writes benchmarks/results/file_size_sd15.json and a
 table; `--variants awq svdquant` measures those only, and keeps the other rows. The weights are random (shapes and bytes are those of the real architectures); quantizing
-replays real UNet calls of a very small picture. Memory is the process's resident set, sampled.
+replays real UNet calls of a very small picture. Memory is the process's resident set, sampled,
+from after the plan was made (which imports ModelOpt) on.
 """
 
 from __future__ import annotations
