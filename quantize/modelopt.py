@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,6 +17,7 @@ from . import backend, percentile
 from .recipe import AWQ, AWQ_FULL, MAX, MSE, PERCENTILE, SMOOTHQUANT, LayerPlan
 
 log = logging.getLogger(__name__)
+_number = itertools.count(1)
 OFF = {"quantizer_name": "*", "enable": False}
 PER_TENSOR = {"num_bits": 8, "axis": None}
 # the largest magnitude of each input channel, which SmoothQuant balances against the weight's
@@ -56,7 +59,7 @@ def register(unet: torch.nn.Module, layers: Mapping[str, object]) -> list[str]:
     """Tells ModelOpt of the UNet's layer classes; returns the names of all layers it will convert.
 
     ModelOpt matches exact types: ComfyUI's `comfy.ops.*.Linear` and `Conv2d` would get no
-    quantizer otherwise.
+    quantizer otherwise. The layers' modules get classes of their own, see `_own_class`.
     """
     require()
     from modelopt.torch.quantization.nn import QuantModuleRegistry
@@ -65,11 +68,21 @@ def register(unet: torch.nn.Module, layers: Mapping[str, object]) -> list[str]:
 
     modules = dict(unet.named_modules())
     for name in layers:
-        cls = type(modules[name])
+        if type(modules[name]) in QuantModuleRegistry:
+            continue
+        modules[name].__class__ = cls = _own_class(type(modules[name]))
         if cls not in QuantModuleRegistry:
             wrapper = _QuantConv2d if issubclass(cls, torch.nn.Conv2d) else _QuantLinear
-            QuantModuleRegistry.register({cls: f"{cls.__module__}.{cls.__qualname__}"})(wrapper)
+            QuantModuleRegistry.register({cls: f"{cls.__module__}.{cls.__name__}"})(wrapper)
     return [name for name, module in modules.items() if type(module) in QuantModuleRegistry]
+
+
+@functools.cache
+def _own_class(cls: type) -> type:
+    """A subclass whose name no other class has: ModelOpt names the classes it makes after module and
+    name alone, and ComfyUI has several `Linear` in one module."""
+    name = f"{cls.__qualname__.rpartition('>.')[2].replace('.', '_')}_{next(_number)}"
+    return type(name, (cls,), {"__module__": cls.__module__})
 
 
 def input_config(plan: LayerPlan) -> dict | None:

@@ -143,9 +143,10 @@ def test_a_window_of_a_convolution_gives_what_the_whole_map_has_there(
     with torch.no_grad():
         output = conv(x)
         for number in range(3):
-            samples = local._windows(conv, x, output, 64, number)
-            assert len(samples) == 4
-            for one in samples:
+            places = local._windows(conv, x, output, 64, number)
+            assert len(places) == 4
+            for place in places:
+                one = local.Sample(place.given, place.of(output), place.crop)
                 assert one.made.shape == (1, 5, 4, 4)
                 assert one.given.numel() < x.numel() / 2
                 assert one.compare(conv, torch.device("cpu"), torch.float64).db > 250

@@ -6,10 +6,12 @@ import hashlib
 import math
 
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from comfyui_modelopt.devtools import synthetic
 from comfyui_modelopt.formats import FORMATS
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, pack
@@ -221,3 +223,22 @@ def test_the_copy_owns_nothing_that_loading_left(sd15):
     assert other is not layer and other.weight.data_ptr() == layer.weight.data_ptr()
     assert [type(m) for m in twin.modules()] == [type(m) for m in unet.modules()]
     assert not {id(m) for m in twin.modules()} & {id(m) for m in unet.modules()}
+
+
+def test_models_of_several_classes_of_one_name_one_after_the_other(calibration):
+    """ComfyUI has a Linear for each way to cast, in one module: ModelOpt must tell them apart."""
+
+    def operations() -> type:
+        inner = {
+            name: type(name, (getattr(comfy.ops.manual_cast, name),), {"__module__": "comfy.ops"})
+            for name in ("Linear", "Conv2d")
+        }
+        return type("another_cast", (comfy.ops.manual_cast,), inner)
+
+    recipe = Recipe("int8", skip=("output_blocks.*", "middle_block.*", "out.*"))
+    for choice in (comfy.ops.disable_weight_init, operations(), operations()):
+        state = synthetic.unet_state_dict("sd15")
+        options = {"dtype": torch.float16, "custom_operations": choice}
+        model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
+        assert type(model.model.diffusion_model.input_blocks[0][0]) is choice.Conv2d
+        assert engine.quantize_model(model, recipe, calibration).checkpoint.layers
