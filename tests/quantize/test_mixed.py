@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, mixed
 from comfyui_modelopt.quantize.mixed import Mixed
@@ -67,13 +68,14 @@ def test_each_layer_has_its_recipe(made):
 
 
 def test_a_layer_of_a_mix_is_that_of_its_recipe_alone(made, quantized):
-    import torch
-
+    """To the last places of what AWQ saw, which a processor's matrix products do not always repeat."""
     alone = quantized(Recipe("int4", "awq_lite", layers="linear only")).checkpoint
     name = f"{BLOCK}.ff.net.2"
-    for key in ("weight", *alone.layers[name].scales):
-        one, other = alone.tensors[f"{name}.{key}"], made.checkpoint.tensors[f"{name}.{key}"]
-        assert torch.equal(one, other), key
+    for key in alone.layers[name].scales:
+        one, other = (x.tensors[f"{name}.{key}"].float() for x in (alone, made.checkpoint))
+        assert torch.allclose(one, other, rtol=2e-3), key  # weight_amax has 11 bits
+    codes = [x.tensors[f"{name}.weight"] for x in (alone, made.checkpoint)]
+    assert (codes[0] == codes[1]).float().mean() > 0.999
 
 
 def damaged(**changes) -> str:
