@@ -32,7 +32,7 @@ def measure(model, calibration, held_out: list, references: list, allowed, goal)
     """One search: what was asked, what came out."""
     from comfyui_modelopt.formats import files
     from comfyui_modelopt.nodes.auto_and_load import low_precision
-    from comfyui_modelopt.quantize import auto, quality
+    from comfyui_modelopt.quantize import auto, candidates, quality
     from comfyui_modelopt.quantize.bridge import unet as bridge
     from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_AND_CONV
 
@@ -43,7 +43,11 @@ def measure(model, calibration, held_out: list, references: list, allowed, goal)
     seconds = time.monotonic() - started
     outputs = bridge.run_loaded(low_precision(found.made.checkpoint), held_out, lambda: None)
     size = files.size(found.made.checkpoint)
-    fit = [(sqnr, auto.words(one)) for one, alone, sqnr in found.uniform if alone <= size * 1.0001]
+    fit = [
+        (sqnr, candidates.words(one))
+        for one, alone, sqnr in found.uniform
+        if alone <= size * 1.0001
+    ]
     return {
         "goal": goal.describe(),
         "bytes": size,
@@ -51,7 +55,7 @@ def measure(model, calibration, held_out: list, references: list, allowed, goal)
         "measured_db": round(found.measured, 2),
         "held_out_db": quality.summary(references, outputs)["sqnr_db"],
         "best_uniform": max(fit, default=None),
-        "uniform": [[auto.words(one), alone, round(q, 2)] for one, alone, q in found.uniform],
+        "uniform": [[candidates.words(one), alone, round(q, 2)] for one, alone, q in found.uniform],
         "recipe": found.recipe.describe(),
         "notes": found.notes,
         "seconds": round(seconds, 1),
@@ -149,13 +153,9 @@ def main() -> int:
     args = parser.parse_args()
     sys.path.append(str(ROOT))  # last: `nodes` and `utils` must stay ComfyUI's
     from devtools import inprocess
-    from devtools.common import UserError, say
+    from devtools.common import say
 
-    try:
-        inprocess.load()
-    except UserError as error:
-        say(str(error), file=sys.stderr)
-        return 1
+    inprocess.load_or_exit()
     from comfyui_modelopt.benchmarks.learned import training
 
     def report(text: str) -> None:

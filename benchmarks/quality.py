@@ -205,13 +205,9 @@ def main() -> int:
     args = options()
     sys.path.append(str(ROOT))  # last: `nodes` and `utils` must stay ComfyUI's
     from devtools import inprocess
-    from devtools.common import UserError, say
+    from devtools.common import say
 
-    try:
-        inprocess.load()
-    except UserError as error:
-        say(str(error), file=sys.stderr)
-        return 1
+    inprocess.load_or_exit()
     from comfyui_modelopt.benchmarks import recipes
     from comfyui_modelopt.benchmarks.learned import classifier, page, training
     from comfyui_modelopt.quantize.recipe import Recipe

@@ -271,13 +271,9 @@ def main() -> int:
     args = options()
     sys.path.append(str(ROOT))  # last: `nodes` and `utils` must stay ComfyUI's
     from devtools import inprocess
-    from devtools.common import UserError, say
+    from devtools.common import say
 
-    try:
-        inprocess.load()
-    except UserError as error:
-        say(str(error), file=sys.stderr)
-        return 1
+    inprocess.load_or_exit()
     if args.checkpoint:
         result = run(args.checkpoint, False, args)
     else:

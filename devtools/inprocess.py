@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .comfyui import pinned_comfyui, user_comfyui
-from .common import ROOT, UserError
+from .common import ROOT, UserError, say
 
 PACKAGE = "comfyui_modelopt"
 
@@ -37,3 +37,12 @@ def load() -> Path:
         sys.modules[PACKAGE] = module
         spec.loader.exec_module(module)
     return comfyui
+
+
+def load_or_exit() -> None:
+    """`load`, for a script's main: what is wrong is printed, and the script ends with status 1."""
+    try:
+        load()
+    except UserError as error:
+        say(str(error), file=sys.stderr)
+        raise SystemExit(1) from error

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from ..loaders import dispatch
 from ..loaders import unet as loader
-from ..quantize import auto, mixed
+from ..quantize import auto, candidates, mixed
 from ..quantize.layers import parse_patterns
 from ..utils import auto_report
 from .planning import sizes
 from .quantize_and_load import loaded_and_told, quantize_and_load
-
-SIXTEEN = "16 bits"
 
 
 def low_precision(checkpoint, takes: bool = False):
@@ -21,37 +21,39 @@ def low_precision(checkpoint, takes: bool = False):
 
 def goal_of(target: dict) -> auto.Goal:
     """The target's inputs as a goal. Raises ValueError for one that cannot be meant."""
+    units = {auto.SIZE: ("megabytes", 1e6), auto.BITS: ("bits", 1), auto.QUALITY: ("sqnr_db", 1)}
     kind = target["target"]
-    value = {
-        auto.SIZE: lambda: target["megabytes"] * 1e6,
-        auto.BITS: lambda: target["bits"],
-        auto.QUALITY: lambda: target["sqnr_db"],
-    }[kind]()
-    return auto.Goal(kind, float(value))
+    if kind not in units:
+        raise ValueError(f"target must be one of {', '.join(units)}, got {kind!r}: choose one")
+    name, unit = units[kind]
+    value = float(target[name]) * unit
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be above 0, got {target[name]}: correct it")
+    return auto.Goal(kind, value)
 
 
-def auto_and_load(model, calibration, target: dict, allowed: list[str], layers, skip, tell):
+def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, skip, tell):
     """-> quantized MODEL, report text, recipe as JSON, figures (JSON-able)."""
     if target["target"] == "recipe":
         recipe = mixed.read(target["recipe"], "the recipe on the node")
-        quantized, report, figures = quantize_and_load(
-            model, recipe, calibration, sizes(model, recipe, calibration)
-        )
+        planned = sizes(model, recipe, calibration)
+        tell(planned.line())
+        quantized, report, figures = quantize_and_load(model, recipe, calibration, planned)
         return quantized, report, mixed.write(recipe), figures
     found = auto.auto_quantize(
         model,
         calibration,
-        [name for name in allowed if name != SIXTEEN],
+        allowed,
         goal_of(target),
         layers,
         tuple(parse_patterns(skip)),
         low_precision,
-        SIXTEEN in allowed,
+        sixteen,
         tell,
     )
     planned = sizes(model, found.recipe, calibration)
     quantized, report, figures = loaded_and_told(found.made, found.recipe, planned)
-    uniform = [(auto.words(recipe), size, sqnr) for recipe, size, sqnr in found.uniform]
+    uniform = [(candidates.words(recipe), size, sqnr) for recipe, size, sqnr in found.uniform]
     text = auto_report.text(
         found.recipe.describe(),
         planned.file,

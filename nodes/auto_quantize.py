@@ -6,26 +6,10 @@ from comfy_api.latest import io
 
 from ..quantize import layers as layer_choice
 from ..quantize import mixed
-from .auto_and_load import SIXTEEN, auto_and_load
+from ..quantize.candidates import CANDIDATES
+from .auto_and_load import auto_and_load
 from .progress_text import show
 from .types import Calibration
-
-# input -> format, whether it is allowed by default, and what it is
-FORMATS = {
-    "int8": ("int8", True, "8 bits, computed in 8 bits."),
-    "fp8": ("fp8", True, "8 bits, computed in 8 bits."),
-    "int4": ("int4", True, "4 bits, computed in 16: saves memory, not time."),
-    "sixteen_bits": (SIXTEEN, True, "Layers may stay in 16 bits."),
-    "int8_weights": (
-        "int8_weights",
-        True,
-        "8-bit weights, computed in 16: near to the original, saves memory, not time. Switch this "
-        "and int4 off for a model that is faster.",
-    ),
-    "mxfp8": ("mxfp8", False, "8 bits in blocks; computed so on RTX 50 and B200 only."),
-    "nvfp4": ("nvfp4", False, "4 bits in blocks; computed so on RTX 50 and B200 only."),
-    "w4a8": ("w4a8", False, "4-bit weights, computed in FP8."),
-}
 
 
 def _target() -> io.Input:
@@ -85,8 +69,11 @@ class AutoQuantize(io.ComfyNode):
                 Calibration.Input("calibration", tooltip="What the UNet really saw."),
                 _target(),
                 *(
-                    io.Boolean.Input(name, default=allowed, tooltip=what)
-                    for name, (_, allowed, what) in FORMATS.items()
+                    io.Boolean.Input(name, default=one.default, tooltip=one.text)
+                    for name, one in CANDIDATES.items()
+                ),
+                io.Boolean.Input(
+                    "sixteen_bits", default=True, tooltip="Layers may stay in 16 bits."
                 ),
                 io.Combo.Input(
                     "layers",
@@ -115,8 +102,11 @@ class AutoQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, skip: str | None = None, target=None, **allowed) -> bool | str:
-        """`skip` is named because ComfyUI reports the answer on an input that it did pass."""
+    def validate_inputs(cls, skip: str | None = None, target=None) -> bool | str:
+        """`skip` is named because ComfyUI reports the answer on an input that it did pass, and leaves
+        out a target that the schema does not have."""
+        if target is None:
+            return "target must be size, bits, quality or recipe: choose one in the node"
         if isinstance(target, dict) and target.get("target") == "recipe":
             try:
                 if target.get("recipe") is not None:
@@ -126,10 +116,18 @@ class AutoQuantize(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, model, calibration, target, layers, skip, **allowed) -> io.NodeOutput:
-        chosen = [name for key, (name, *_) in FORMATS.items() if allowed.get(key)]
+    def execute(
+        cls, model, calibration, target, sixteen_bits, layers, skip, **allowed
+    ) -> io.NodeOutput:
         quantized, report, recipe, figures = auto_and_load(
-            model, calibration, target, chosen, layers, skip, lambda text: show(cls.hidden, text)
+            model,
+            calibration,
+            target,
+            [name for name in CANDIDATES if allowed[name]],
+            sixteen_bits,
+            layers,
+            skip,
+            lambda text: show(cls.hidden, text),
         )
         return io.NodeOutput(
             quantized, report, recipe, ui={"text": [report], "modelopt": [figures]}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy
 
-SECONDS = 30
+SECONDS = 60
+ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,22 @@ def _values(groups, name: str) -> numpy.ndarray:
 
 
 def _solve(groups, objective, limited, limit: float) -> list[int] | None:
+    spans = [list(_span(groups, number)) for number in range(len(groups))]
+    if sum(limited[span].min() for span in spans) > limit:
+        return None
+    if limit <= 0:  # nothing that counts may be taken
+        return [int(limited[span].argmin()) for span in spans]
+    allowed = limit
+    for _ in range(ROUNDS):
+        chosen = _milp(groups, spans, objective, limited, allowed)
+        taken = sum(limited[span[i]] for span, i in zip(spans, chosen, strict=True))
+        if taken <= limit:
+            return chosen
+        allowed -= 2 * (taken - limit)  # the solver keeps to the limit but for a part in 10^6
+    return [int(limited[span].argmin()) for span in spans]  # all but the smallest is over it
+
+
+def _milp(groups, spans, objective, limited, limit: float) -> list[int]:
     # here and not above: importing it takes ComfyUI's start longer than all of the pack
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_matrix
@@ -53,11 +70,6 @@ def _solve(groups, objective, limited, limit: float) -> list[int] | None:
     kinds = [number for number, options in enumerate(groups) for _ in options]
     count = len(kinds)
     one_each = coo_matrix((numpy.ones(count), (kinds, range(count))), shape=(len(groups), count))
-    lowest = sum(min(limited[i] for i in _span(groups, number)) for number in range(len(groups)))
-    if lowest > limit:
-        return None
-    if limit <= 0:  # nothing that counts may be taken
-        return [int(numpy.argmin(limited[list(_span(groups, n))])) for n in range(len(groups))]
     found = milp(
         objective,
         integrality=numpy.ones(count),
@@ -68,9 +80,13 @@ def _solve(groups, objective, limited, limit: float) -> list[int] | None:
         ],
         options={"mip_rel_gap": 1e-4, "time_limit": SECONDS},
     )
-    if found.x is None:
-        return None
-    spans = (list(_span(groups, number)) for number in range(len(groups)))
+    if found.x is None:  # a solution exists: the smallest
+        if found.status != 1:
+            return [int(limited[span].argmin()) for span in spans]
+        raise ValueError(
+            f"the best mix must be found within {SECONDS} s, it was not among {count} choices for "
+            f"{len(groups)} groups of layers: allow fewer formats"
+        )
     return [int(numpy.argmax(found.x[span])) for span in spans]
 
 

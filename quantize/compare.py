@@ -13,11 +13,9 @@ import torch
 from ..formats.checkpoint import Layer
 from ..utils.progress import progress
 from . import local, pictures
+from .engine import CALL
 from .pictures import Settings
 from .quality import Energy, outputs, pick
-
-# progress of one UNet call, where one layer is 1
-CALL = 20
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
             unet = bridge.copy_unet(model, step)
             _check_finite(unet, plans, step)
             if modelopt.searches(plans):
-                bridge.check_resident(unet, device, modelopt.searches(plans))
+                search = f"{modelopt.searches(plans)}'s search"
+                bridge.check_resident(unet, device, search, "choose max, mse or smoothquant")
             references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
             _check_outputs(references)
 

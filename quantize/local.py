@@ -68,13 +68,16 @@ def kind(module: torch.nn.Module | None) -> str | None:
     return None
 
 
-def budget(modules: Mapping[str, torch.nn.Module], itemsize: int) -> tuple[int, int]:
-    """UNet calls and positions a call to sample, within LIMIT bytes: at least 1 call of 1 window."""
+def budget(
+    modules: Mapping[str, torch.nn.Module], itemsize: int, calls: int = CALLS
+) -> tuple[int, int]:
+    """UNet calls, at most `calls`, and positions a call to sample, within LIMIT bytes: at least 1
+    call of 1 window."""
     a_window = itemsize * sum(map(_values, modules.values()))
-    windows = LIMIT // max(CALLS * a_window, 1)
+    windows = LIMIT // max(calls * a_window, 1)
     if windows >= 1:
-        return CALLS, WINDOW * min(windows, POSITIONS // WINDOW)
-    return max(1, LIMIT // a_window), WINDOW
+        return calls, WINDOW * min(windows, POSITIONS // WINDOW)
+    return max(1, min(calls, LIMIT // a_window)), WINDOW
 
 
 def _values(module: torch.nn.Module) -> int:
@@ -94,17 +97,22 @@ class Listener:
     """Hooks on layers of the original, in place inside `with listening():` only.
 
     One call of each layer is taken after each `next_call()`. gradients: also takes the gradient
-    of the layer's output, once `backward` has run, and only those calls are kept.
+    of the layer's output, once `backward` has run, and only those calls are kept. number: of the
+    first call, which says where it is sampled.
     """
 
     def __init__(
-        self, modules: Mapping[str, torch.nn.Module], positions: int, gradients: bool = False
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        positions: int,
+        gradients: bool = False,
+        number: int = 0,
     ) -> None:
         self.modules = dict(modules)
         self.positions = positions
         self.gradients = gradients
         self.samples: dict[str, list[Sample]] = {name: [] for name in modules}
-        self._number = -1
+        self._number = number - 1
         self._waiting: set[str] = set()
 
     def next_call(self) -> None:
@@ -138,11 +146,14 @@ class Listener:
             if not self.gradients:
                 self.samples[name] += samples
                 return
+            if not output.requires_grad:  # nothing that has a gradient reaches this layer
+                return
             stands_for = output.numel() / sum(one.made.numel() for one in samples)
+            parts = [one.of for one in places]  # not the places, which hold whole inputs
 
             def weigh(gradient: torch.Tensor) -> None:
-                for one, sample in zip(places, samples, strict=True):
-                    there = one.of(gradient.detach()).float().cpu()
+                for part, sample in zip(parts, samples, strict=True):
+                    there = part(gradient.detach()).float().cpu()
                     weighed = replace(sample, gradient=there, stands_for=stands_for)
                     self.samples[name].append(weighed)
 

@@ -193,7 +193,8 @@ def memory(
     searching = max((working[name] for name, x in plans.items() if x.algorithm in AWQ), default=0)
     if model.load_device.type != "cpu":
         whole = sum(tensor.nbytes for tensor in source.state_dict().values())
-        if bridge.too_large(whole, model.load_device):
+        # what the MODEL itself takes there now is given back first
+        if bridge.too_large(whole - model.loaded_size(), model.load_device):
             whole = 0  # streamed from RAM
         return round(whole + max(calling + searching, *working.values())), made.nbytes()
     held = sum(own.values())

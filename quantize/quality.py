@@ -42,6 +42,11 @@ def sqnr_db(reference: torch.Tensor, measured: torch.Tensor) -> float:
     return Energy.of(reference, measured).db
 
 
+def decibel(references: Sequence[torch.Tensor], measured: Sequence[torch.Tensor]) -> float:
+    """SQNR in dB of several outputs together."""
+    return sum(map(Energy.of, references, measured), Energy()).db
+
+
 def pick(records: Sequence, count: int) -> list:
     """At most `count` of the records, evenly spaced, first and last among them."""
     return [records[i] for i in spread(list(range(len(records))), min(count, len(records)), 0.5)]

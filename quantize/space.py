@@ -62,6 +62,22 @@ class Space:
     def weight(self, name: str) -> torch.Tensor:
         return self.model.model.diffusion_model.get_submodule(name).weight
 
+    def smallest(self) -> list[int]:
+        """Of each group the option of least size."""
+        return [min(range(len(o)), key=lambda i: o[i].size) for o in self.options]
+
+    def uniform(self, index: int, goal) -> Mixed:
+        """One recipe for all layers that it fits."""
+        one = self.measured[index]
+        return Mixed((one.recipe,), dict.fromkeys(one.costs, 0), goal.describe())
+
+    def bits(self, index: int) -> float:
+        """Bits a weight of one recipe for all layers; those it does not fit have 16."""
+        one = self.measured[index]
+        rest = [name for group in self.groups for name in group if name not in one.costs]
+        sixteen = sum(2 * self.weight(name).numel() for name in rest)
+        return 8 * (sum(self.sizes(one).values()) + sixteen) / self.weights
+
     def sizes(self, one: Measured) -> dict[str, float]:
         """Bytes of each layer's weight and scales."""
         whole = Mixed((one.recipe,), dict.fromkeys(one.costs, 0))

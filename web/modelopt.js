@@ -4,7 +4,10 @@ import { app } from "../../scripts/app.js";
 const NODES = new Set([
   "ModelOptPlan",
   "ModelOptQuantize",
+  "ModelOptAutoQuantize",
   "ModelOptLoadUNet",
+  "ModelOptImport",
+  "ModelOptExport",
   "ModelOptModelInfo",
   "ModelOptCompare",
   "ModelOptBenchmark",

@@ -73,13 +73,6 @@ def new_unet(seed: int) -> torch.nn.Module:
     return unet
 
 
-def _attention(_default: Callable, *args, **kwargs) -> torch.Tensor:
-    """PyTorch's attention: ComfyUI's default one on a CPU asks for free memory at every call."""
-    from comfy.ldm.modules.attention import attention_pytorch
-
-    return attention_pytorch(*args, **kwargs)
-
-
 def loss(
     unet: torch.nn.Module, sigmas: torch.Tensor, settings: Settings, step: int
 ) -> torch.Tensor:
@@ -88,6 +81,8 @@ def loss(
     sigmas: [1000] of ComfyUI's ModelSamplingDiscrete; 1 / (sigma² + 1) is the share of the drawing.
     Timesteps are drawn by the weights that Min-SNR (Hang et al. 2023) gives them, min(1, snr σ²).
     """
+    from ...quantize.bridge import unet as bridge
+
     size, count = settings.batches[step % len(settings.batches)]
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
     labels = torch.randint(pictures.CLASSES, (count,), generator=generator)
@@ -101,7 +96,7 @@ def loss(
     noisy = (clean + sigma * noise) / (sigma**2 + 1).sqrt()
     empty = torch.rand(count, generator=generator) < settings.dropped
     asked = pictures.context(torch.where(empty, pictures.EMPTY, labels))
-    options = {"optimized_attention_override": _attention}
+    options = bridge.differentiable_attention()
     with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
         predicted = unet(noisy, t.float(), context=asked, transformer_options=options)
     return (predicted.float() - noise).square().mean()

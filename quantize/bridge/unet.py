@@ -125,16 +125,15 @@ def too_large(size: int, device: torch.device) -> bool:
     return comfy.model_management.get_free_memory(device) < size + reserve
 
 
-def check_resident(unet: torch.nn.Module, device: torch.device, algorithm: str) -> None:
-    """Raises ValueError where weights are streamed and the algorithm needs them on the device."""
+def check_resident(unet: torch.nn.Module, device: torch.device, what: str, remedy: str) -> None:
+    """Raises ValueError where weights are streamed and `what` needs them on the device."""
     if next(unet.parameters()).device.type == device.type:
         return
     size = comfy.model_management.module_size(unet)
     free = comfy.model_management.get_free_memory(device)
     raise ValueError(
-        f"{algorithm} searches with the whole UNet ({size / 1e9:.1f} GB) in the memory of {device}, "
-        f"which has {free / 1e9:.1f} GB free: choose max, mse or smoothquant, or start ComfyUI with "
-        "--cpu"
+        f"{what} needs the whole UNet ({size / 1e9:.1f} GB) in the memory of {device}, which has "
+        f"{free / 1e9:.1f} GB free: {remedy}, or start ComfyUI with --cpu"
     )
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 
 import pytest
-from comfyui_modelopt.devtools.server import ComfyServer
+from comfyui_modelopt.devtools.server import PromptRejected
 
-from .workflows import SAMPLING, SKIP, Graph, conditioning
+from .workflows import SAMPLING, SKIP, Graph, cancelled_at, conditioning
 
 pytestmark = pytest.mark.e2e
 TIMEOUT = 900
@@ -22,16 +21,6 @@ ALLOWED = {
     "nvfp4": False,
     "w4a8": False,
 }
-
-
-@pytest.fixture(scope="module")
-def server(comfyui, checkpoints, tmp_path_factory):
-    made = ComfyServer(comfyui, tmp_path_factory.mktemp("auto"))
-    target = made.models / "checkpoints"
-    target.mkdir(parents=True)
-    (target / "sd15.safetensors").symlink_to(checkpoints / "sd15.safetensors")
-    with made:
-        yield made
 
 
 def auto_graph(save: str, target: dict, **more) -> tuple[Graph, str]:
@@ -114,16 +103,7 @@ def test_a_second_target_measures_nothing_anew(server, done):
 
 def test_cancel(server, done):
     graph, node = auto_graph("fourth", {"target": "bits", "target.bits": 9.5}, fp8=True)
-    stopped = threading.Event()
-
-    def on_message(event):
-        data = event.get("data") or {}
-        if event["type"] == "progress" and data.get("node") == node and not stopped.is_set():
-            stopped.set()
-            server.interrupt()
-
-    result = server.run(graph.nodes, timeout=TIMEOUT, on_message=on_message)
-    assert stopped.is_set() and result.interrupted
+    assert cancelled_at(server, graph.nodes, node).interrupted
     # afterwards the server goes on as before
     graph, node = auto_graph("fifth", {"target": "bits", "target.bits": 9.0})
     result = server.run(graph.nodes, timeout=TIMEOUT)
@@ -140,8 +120,6 @@ def test_cancel(server, done):
     ],
 )
 def test_bad_input_is_named(server, done, target, more, message):
-    from comfyui_modelopt.devtools.server import PromptRejected
-
     graph, _ = auto_graph("none", target, **more)
     try:
         error = server.run(graph.nodes, timeout=TIMEOUT).error

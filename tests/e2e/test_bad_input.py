@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 
 import pytest
 import torch
-from comfyui_modelopt.devtools.server import ComfyServer, PromptRejected
+from comfyui_modelopt.devtools.server import PromptRejected
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .workflows import SAMPLING, Graph, conditioning, quantize_inputs
+from .workflows import SAMPLING, Graph, cancelled_at, conditioning, quantize_inputs
 
 pytestmark = pytest.mark.e2e
 TIMEOUT = 600
-
-
-@pytest.fixture(scope="module")
-def server(comfyui, checkpoints, tmp_path_factory):
-    made = ComfyServer(comfyui, tmp_path_factory.mktemp("bad"))
-    target = made.models / "checkpoints"
-    target.mkdir(parents=True)
-    (target / "sd15.safetensors").symlink_to(checkpoints / "sd15.safetensors")
-    with made:
-        yield made
 
 
 def quantize_graph(save=True, record=True, **changes) -> Graph:
@@ -165,17 +154,7 @@ def test_cancel_while_quantizing(server, good):
     graph = quantize_graph(skip="input_blocks.0.0\nout.2")
     before = sorted(good.parent.iterdir())
     node = next(k for k, n in graph.nodes.items() if n["class_type"] == "ModelOptQuantize")
-    stopped = threading.Event()
-
-    def on_message(event):
-        data = event.get("data") or {}
-        if event["type"] == "progress" and data.get("node") == node and not stopped.is_set():
-            stopped.set()
-            server.interrupt()
-
-    result = server.run(graph.nodes, timeout=TIMEOUT, on_message=on_message)
-    assert stopped.is_set()
-    assert result.interrupted
+    assert cancelled_at(server, graph.nodes, node).interrupted
     assert sorted(good.parent.iterdir()) == before
     # the server goes on, and the same graph can be run to its end
     assert server.run(quantize_graph(save=False).nodes, timeout=TIMEOUT).error is None

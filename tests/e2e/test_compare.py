@@ -5,28 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-import threading
 
 import numpy
 import pytest
-from comfyui_modelopt.devtools.server import ComfyServer
 from comfyui_modelopt.devtools.workflows import load_workflow, node_id, one
 from PIL import Image
 
-from .workflows import SAMPLING, SKIP, Graph, conditioning, quantize_inputs
+from .workflows import SAMPLING, SKIP, Graph, cancelled_at, conditioning, quantize_inputs
 
 pytestmark = pytest.mark.e2e
 TIMEOUT = 600
-
-
-@pytest.fixture(scope="module")
-def server(comfyui, checkpoints, tmp_path_factory):
-    made = ComfyServer(comfyui, tmp_path_factory.mktemp("compare"))
-    target = made.models / "checkpoints"
-    target.mkdir(parents=True)
-    (target / "sd15.safetensors").symlink_to(checkpoints / "sd15.safetensors")
-    with made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -167,16 +155,7 @@ def test_cancel(server, unet, done):
     inputs = one(graph, "ModelOptCompare")
     usual = dict(inputs)
     inputs.update(seed=99, steps=50)
-    stopped = threading.Event()
-
-    def on_message(event):
-        data = event.get("data") or {}
-        if event["type"] == "progress" and data.get("node") == node and not stopped.is_set():
-            stopped.set()
-            server.interrupt()
-
-    result = server.run(graph, timeout=TIMEOUT, on_message=on_message)
-    assert stopped.is_set() and result.interrupted
+    assert cancelled_at(server, graph, node).interrupted
     # the same MODELs, which the server holds, compare as before
     inputs.update(usual)
     again = server.run(graph, timeout=TIMEOUT)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 from comfyui_modelopt.devtools import workflows
-from comfyui_modelopt.devtools.server import ComfyServer
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def ran(comfyui, checkpoints, tmp_path_factory):
+def ran(server):
     """The workflow, small, and what came of it."""
     graph = workflows.load_workflow("auto.json")
     workflows.one(graph, "CheckpointLoaderSimple")["ckpt_name"] = "sd15.safetensors"
@@ -21,12 +20,7 @@ def ran(comfyui, checkpoints, tmp_path_factory):
     workflows.one(graph, "ModelOptCompare")["steps"] = 2
     workflows.one(graph, "ModelOptAutoQuantize").update(fp8=False, int4=False)  # saves minutes
     workflows.one(graph, "ModelOptAutoQuantize")["target.bits"] = 9.0
-    server = ComfyServer(comfyui, tmp_path_factory.mktemp("example"))
-    target = server.models / "checkpoints"
-    target.mkdir(parents=True)
-    (target / "sd15.safetensors").symlink_to(checkpoints / "sd15.safetensors")
-    with server:
-        result = server.run(graph, timeout=900)
+    result = server.run(graph, timeout=900)
     assert result.error is None, result.error
     return graph, result, server
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_modelopt.devtools.server import ComfyServer
 
 from .workflows import SAMPLING, Graph, conditioning, load_checkpoint, quantize_inputs
 
@@ -12,17 +11,6 @@ VARIANTS = {
     "int8": ("int8", "linear + conv", {}),
     "int4": ("int4", "linear only", {"algorithm": "awq_lite"}),
 }
-
-
-@pytest.fixture(scope="module")
-def server(comfyui, checkpoints, tmp_path_factory):
-    made = ComfyServer(comfyui, tmp_path_factory.mktemp("plan"))
-    for folder, name in (("checkpoints", "sd15"), ("loras", "lora")):
-        (made.models / folder).mkdir(parents=True)
-        file = checkpoints / f"{name}.safetensors"
-        (made.models / folder / file.name).symlink_to(file)
-    with made:
-        yield made
 
 
 def test_plan_then_quantize(server):

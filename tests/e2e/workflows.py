@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
+
+from comfyui_modelopt.devtools.server import ComfyServer, Result
 
 SKIP = "input_blocks.0.0\nout.2\ntime_embed.*\nlabel_emb.*\n*.emb_layers.*\n*.skip_connection"
 
@@ -111,3 +114,18 @@ def generate_workflow(
         image = graph.add("VAEDecode", samples=[sampled, 0], vae=[loader, 2])
         graph.add("SaveImage", images=[image, 0], filename_prefix=f"images/{name}")
     return graph
+
+
+def cancelled_at(server: ComfyServer, nodes: dict, node: str, timeout: float = 600) -> Result:
+    """Runs a workflow, the user cancelling at the first progress of a node."""
+    stopped = threading.Event()
+
+    def on_message(event: dict[str, Any]) -> None:
+        data = event.get("data") or {}
+        if event["type"] == "progress" and data.get("node") == node and not stopped.is_set():
+            stopped.set()
+            server.interrupt()
+
+    result = server.run(nodes, timeout=timeout, on_message=on_message)
+    assert stopped.is_set(), "the node showed no progress"
+    return result

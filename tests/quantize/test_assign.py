@@ -64,3 +64,24 @@ def test_what_cannot_be_is_none():
 def test_no_noise_at_all():
     groups = [[Option(1.0, 5.0), Option(2.0, 0.0)]] * 3
     assert assign.least_size(groups, 0.0) == [1, 1, 1]
+
+
+def test_the_limit_is_kept_to_the_byte():
+    """Though the solver's own tolerance is a part in 10^6."""
+    for seed in range(20):
+        groups = groups_of(seed, count=40)
+        smallest = sum(min(o.size for o in g) for g in groups)
+        largest = sum(max(o.size for o in g) for g in groups)
+        for share in (0.3, 0.62):
+            limit = smallest + share * (largest - smallest)
+            found = assign.total(groups, assign.least_noise(groups, limit))
+            assert limit * 0.97 < found.size <= limit
+
+
+def test_what_is_over_by_less_than_the_solver_sees():
+    groups = [[Option(500_001_000.0, 10.0), Option(500_000_500.0 + 500.5, 1.0)]] + [
+        [Option(250_000_000.0, 5.0), Option(250_000_400.0, 2.0), Option(500_000_000.0, 0.0)]
+    ]
+    limit = 1_000_000_900.0  # both of least noise are 100 bytes over it
+    found = assign.total(groups, assign.least_noise(groups, limit))
+    assert found.size <= limit and found.noise == 3.0
