@@ -194,24 +194,36 @@ def check_readable(path: Path | str) -> None:
         ) from error
 
 
+def read_header(path: Path | str) -> tuple[dict, dict[str, Layer]] | None:
+    """Header and layers of a file of ours, without its tensors and what follows from them; None for
+    a safetensors file that has no header of ours. Raises ValueError in house form."""
+    from safetensors import safe_open
+
+    check_readable(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        places = [key for key in file.keys() if key.rpartition(".")[2] == HEADER_TENSOR]  # noqa: SIM118
+        tensors = {} if HEADER in metadata else {key: file.get_tensor(key) for key in places[:1]}
+    _, text = _unpacked(tensors, metadata)
+    if text is None:
+        return None
+    header = _header(text, str(path))
+    return header, _layers(header, {}, str(path))
+
+
 def parse(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None, where: str
 ) -> QuantizedCheckpoint:
     """Tensors and header of a file -> a validated checkpoint. Raises ValueError in house form."""
     tensors, text = _unpacked(tensors, metadata)
     header = _header(text, where)
-    layers = header.pop("layers", None)
-    if not isinstance(layers, dict):
-        raise ValueError(f"the header must list the quantized layers, {where} does not: {REMEDY}")
+    layers = _layers(header, tensors, where)
     inputs = header.pop("inputs", {})
     if not isinstance(inputs, dict):
         raise ValueError(f"inputs of the header must be a table, {where} has none: {REMEDY}")
     checkpoint = QuantizedCheckpoint(
         tensors,
-        {
-            name: _layer(name, entry, tensors.get(f"{name}.weight_scale"), where)
-            for name, entry in layers.items()
-        },
+        layers,
         header,
         {name: _input(name, entry, where) for name, entry in inputs.items()},
     )
@@ -254,6 +266,17 @@ def _header(text: str | None, where: str) -> dict:
             f"{where} has {version}: update ComfyUI-ModelOpt"
         )
     return header
+
+
+def _layers(header: dict, tensors: dict[str, torch.Tensor], where: str) -> dict[str, Layer]:
+    """Takes the layers out of the header."""
+    layers = header.pop("layers", None)
+    if not isinstance(layers, dict):
+        raise ValueError(f"the header must list the quantized layers, {where} does not: {REMEDY}")
+    return {
+        name: _layer(name, entry, tensors.get(f"{name}.weight_scale"), where)
+        for name, entry in layers.items()
+    }
 
 
 def _layer(name: str, entry, scale: torch.Tensor | None, where: str) -> Layer:

@@ -15,7 +15,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..utils import kernel_split, speed_report, timing
-from ..utils.progress import progress
+from ..utils.progress import detail, progress
 from ..utils.speed_report import Row
 from . import dense, device, info, unet, unet_inputs
 
@@ -131,6 +131,7 @@ def _measure(makers, inputs, repeats: int, together: bool, step) -> tuple[list[R
         for label, make in makers.items():
             if not together:
                 _put_away(ready)
+            detail(label)
             runner = Runner(make(), inputs)
             try:
                 runner.load()
@@ -148,6 +149,7 @@ def _measure(makers, inputs, repeats: int, together: bool, step) -> tuple[list[R
             if not together:
                 samples |= timing.take_turns({label: runner}, where, WARM_UP, ROUNDS, repeats, step)
         if together:
+            detail(f"{ROUNDS} rounds of {repeats} calls, in turn: {', '.join(ready)}")
             samples = timing.take_turns(ready, where, WARM_UP, ROUNDS, repeats, step)
     finally:
         for runner in ready.values():

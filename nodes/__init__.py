@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
 from .auto_quantize import AutoQuantize
 from .benchmark import Benchmark
 from .calibration_prompts import CalibrationPrompts
@@ -40,5 +41,8 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class ModelOptExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        routes.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

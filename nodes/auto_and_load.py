@@ -8,7 +8,7 @@ from ..loaders import dispatch
 from ..loaders import unet as loader
 from ..quantize import auto, candidates, mixed
 from ..quantize.layers import parse_patterns
-from ..utils import auto_report
+from ..utils import auto_report, progress
 from .planning import sizes
 from .quantize_and_load import loaded_and_told, quantize_and_load
 
@@ -32,12 +32,12 @@ def goal_of(target: dict) -> auto.Goal:
     return auto.Goal(kind, value)
 
 
-def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, skip, tell):
+def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, skip):
     """-> quantized MODEL, report text, recipe as JSON, figures (JSON-able)."""
     if target["target"] == "recipe":
         recipe = mixed.read(target["recipe"], "the recipe on the node")
         planned = sizes(model, recipe, calibration)
-        tell(planned.line())
+        progress.tell(planned.line())
         quantized, report, figures = quantize_and_load(model, recipe, calibration, planned)
         return quantized, report, mixed.write(recipe), figures
     found = auto.auto_quantize(
@@ -49,7 +49,6 @@ def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, sk
         tuple(parse_patterns(skip)),
         low_precision,
         sixteen,
-        tell,
     )
     planned = sizes(model, found.recipe, calibration)
     quantized, report, figures = loaded_and_told(found.made, found.recipe, planned)

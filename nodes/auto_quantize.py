@@ -8,7 +8,7 @@ from ..quantize import layers as layer_choice
 from ..quantize import mixed
 from ..quantize.candidates import CANDIDATES
 from .auto_and_load import auto_and_load
-from .progress_text import show
+from .shown import shown
 from .types import Calibration
 
 
@@ -98,7 +98,6 @@ class AutoQuantize(io.ComfyNode):
                     tooltip="The mix as JSON, for the target `recipe`, here or elsewhere.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -127,8 +126,5 @@ class AutoQuantize(io.ComfyNode):
             sixteen_bits,
             layers,
             skip,
-            lambda text: show(cls.hidden, text),
         )
-        return io.NodeOutput(
-            quantized, report, recipe, ui={"text": [report], "modelopt": [figures]}
-        )
+        return io.NodeOutput(quantized, report, recipe, ui=shown(report, quantized, figures))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..loaders import benchmark
+from .shown import shown
 
 
 class Benchmark(io.ComfyNode):
@@ -57,7 +58,7 @@ class Benchmark(io.ComfyNode):
         cls, model, width, height, batch, repeats, compare_eager, compare_compiled
     ) -> io.NodeOutput:
         text = benchmark.run(model, width, height, batch, repeats, compare_eager, compare_compiled)
-        return io.NodeOutput(text, ui={"text": [text]})
+        return io.NodeOutput(text, ui=shown(text))
 
 
 def _size(name: str, tooltip: str) -> io.Input:

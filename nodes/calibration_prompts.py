@@ -6,7 +6,9 @@ from comfy_api.latest import io
 
 from ..quantize import prompts as prompt_list
 from ..quantize.bridge import sampling
+from ..utils.report import calibration_line
 from .sampler_inputs import max_records_input, sampler_inputs, seed_input
+from .shown import shown
 from .types import Calibration
 
 SIZE = {"default": 1024, "min": 16, "max": 16384, "step": 8}
@@ -62,4 +64,5 @@ class CalibrationPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompts: str, **inputs) -> io.NodeOutput:
-        return io.NodeOutput(sampling.record_prompts(prompts=prompt_list.split(prompts), **inputs))
+        made = sampling.record_prompts(prompts=prompt_list.split(prompts), **inputs)
+        return io.NodeOutput(made, ui=shown(calibration_line(made.summary())))

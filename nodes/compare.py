@@ -11,6 +11,7 @@ from ..quantize.pictures import Settings
 from ..utils.compare_chart import compare_chart
 from ..utils.compare_report import compare_report
 from .sampler_inputs import denoise_input, sampler_inputs, seed_input
+from .shown import shown
 from .types import Calibration
 
 NEEDED = ("positive", "negative", "latent_image")
@@ -82,8 +83,8 @@ class Compare(io.ComfyNode):
         found = measures.compare(reference, quantized, calibration, layers, settings)
         text, chart = compare_report(found), compare_chart(found)
         images = found.images or [ExecutionBlocker(BLOCKED)] * 2
-        shown = {"text": [text], "modelopt": [found.figures()], **ui.PreviewImage(chart).as_dict()}
-        return io.NodeOutput(text, chart, *images, ui=shown)
+        page = shown(text, figures=found.figures()) | ui.PreviewImage(chart).as_dict()
+        return io.NodeOutput(text, chart, *images, ui=page)
 
 
 def settings_of(vae, inputs: dict) -> Settings | None:

@@ -9,6 +9,7 @@ from ..loaders import unet as loader
 from ..quantize import export
 from ..utils.progress import progress
 from . import folders
+from .shown import shown
 
 
 class ExportCheckpoint(io.ComfyNode):
@@ -51,4 +52,4 @@ class ExportCheckpoint(io.ComfyNode):
         step = progress(len(checkpoint.layers))
         notes = export.write(checkpoint, config, foreign.of_model(model), path, step)
         report = "\n".join([f"Written to {path}", *notes])
-        return io.NodeOutput(path, report, ui={"text": [report]})
+        return io.NodeOutput(path, report, ui=shown(report))

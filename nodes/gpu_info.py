@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..loaders import device
 from ..utils.report import capability_report
+from .shown import shown
 
 
 class GPUInfo(io.ComfyNode):
@@ -30,4 +31,4 @@ class GPUInfo(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         text = capability_report(device.current())
-        return io.NodeOutput(text, ui={"text": [text]})
+        return io.NodeOutput(text, ui=shown(text))

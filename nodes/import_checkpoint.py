@@ -8,6 +8,7 @@ from ..loaders import foreign, info
 from ..loaders import unet as loader
 from ..utils.progress import progress
 from . import folders
+from .shown import shown
 
 
 class ImportCheckpoint(io.ComfyNode):
@@ -56,4 +57,4 @@ class ImportCheckpoint(io.ComfyNode):
         path = folders.find_checkpoint(checkpoint_name)
         model = loader.load(foreign.read(path, progress), where=path, takes=True)
         text = info.describe(model)
-        return io.NodeOutput(model, text, ui={"text": [text]})
+        return io.NodeOutput(model, text, ui=shown(text, model))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..quantize import calibration as calibration_file
+from ..utils.report import calibration_line
 from . import folders
+from .shown import shown
 from .types import Calibration
 
 
@@ -48,4 +50,5 @@ class LoadCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, calibration_name: str) -> io.NodeOutput:
         path = folders.find(folders.CALIBRATION, calibration_name)
-        return io.NodeOutput(calibration_file.load(path))
+        made = calibration_file.load(path)
+        return io.NodeOutput(made, ui=shown(calibration_line(made.summary())))

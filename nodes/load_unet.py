@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..loaders import info, stock
 from ..loaders import unet as loader
 from . import folders
+from .shown import shown
 
 
 class LoadUNet(io.ComfyNode):
@@ -70,4 +71,4 @@ class LoadUNet(io.ComfyNode):
         else:
             model = loader.load_file(path, compile)
             text = info.describe(model)
-        return io.NodeOutput(model, text, ui={"text": [text]})
+        return io.NodeOutput(model, text, ui=shown(text, model))

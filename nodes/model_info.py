@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..loaders import info
 from ..utils.chart import blocks_chart
+from .shown import shown
 
 
 class ModelInfo(io.ComfyNode):
@@ -29,6 +30,6 @@ class ModelInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        shown, text = info.in_full(model)
+        short, text = info.in_full(model)
         chart = blocks_chart(info.blocks(model), "Quantized UNet by block")
-        return io.NodeOutput(text, chart, ui={"text": [shown]})
+        return io.NodeOutput(text, chart, ui=shown(short, model))

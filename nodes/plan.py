@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .planning import plan
 from .quantize_and_load import recipe_of
 from .recipe_inputs import recipe_inputs, why_not
+from .shown import shown
 from .types import Calibration
 
 
@@ -46,6 +47,4 @@ class Plan(io.ComfyNode):
     @classmethod
     def execute(cls, model, format, layers, skip, calibration=None) -> io.NodeOutput:
         text, figures = plan(model, recipe_of(format, layers, skip), calibration)
-        return io.NodeOutput(
-            text, figures["file_bytes"], ui={"text": [text], "modelopt": [figures]}
-        )
+        return io.NodeOutput(text, figures["file_bytes"], ui=shown(text, figures=figures))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..utils import progress
 from .planning import sizes
-from .progress_text import show
 from .quantize_and_load import quantize_and_load, recipe_of
 from .recipe_inputs import recipe_inputs, why_not
+from .shown import shown
 from .types import Calibration
 
 
@@ -36,7 +37,6 @@ class Quantize(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model."),
                 io.String.Output(display_name="report", tooltip="Size, quality, kernels, time."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -48,6 +48,6 @@ class Quantize(io.ComfyNode):
     def execute(cls, model, format, layers, skip, calibration=None) -> io.NodeOutput:
         recipe = recipe_of(format, layers, skip)
         planned = sizes(model, recipe, calibration)
-        show(cls.hidden, planned.line())
+        progress.tell(planned.line())
         quantized, report, figures = quantize_and_load(model, recipe, calibration, planned)
-        return io.NodeOutput(quantized, report, ui={"text": [report], "modelopt": [figures]})
+        return io.NodeOutput(quantized, report, ui=shown(report, quantized, figures))

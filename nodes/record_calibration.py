@@ -6,7 +6,9 @@ from comfy_api.latest import io
 
 from ..quantize import prompts
 from ..quantize.bridge import sampling
+from ..utils.report import calibration_line
 from .sampler_inputs import denoise_input, max_records_input, sampler_inputs, seed_input
+from .shown import shown
 from .types import Calibration
 
 
@@ -52,4 +54,5 @@ class RecordCalibration(io.ComfyNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         hidden = cls.hidden
         text = hidden and prompts.find(hidden.prompt, hidden.unique_id, "positive")
-        return io.NodeOutput(*sampling.record(prompt=text, **inputs))
+        latent, made = sampling.record(prompt=text, **inputs)
+        return io.NodeOutput(latent, made, ui=shown(calibration_line(made.summary())))

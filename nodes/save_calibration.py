@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..quantize import calibration as calibration_file
 from . import folders
+from .shown import shown
 from .types import Calibration
 
 
@@ -41,4 +42,4 @@ class SaveCalibration(io.ComfyNode):
     def execute(cls, calibration, filename_prefix: str) -> io.NodeOutput:
         path = folders.new_path(folders.CALIBRATION, filename_prefix)
         calibration_file.save(calibration, path)
-        return io.NodeOutput(ui=ui.PreviewText(str(path)))
+        return io.NodeOutput(ui=shown(str(path)))

@@ -8,6 +8,7 @@ from ..formats import files
 from ..loaders import unet as loader
 from ..utils.progress import progress
 from . import folders
+from .shown import shown
 
 
 class SaveUNet(io.ComfyNode):
@@ -44,4 +45,4 @@ class SaveUNet(io.ComfyNode):
         checkpoint = loader.to_checkpoint(model)
         path = str(folders.new_path(folders.UNETS, filename_prefix))
         files.write(checkpoint, path, progress(checkpoint.nbytes()))
-        return io.NodeOutput(path, ui={"text": [path]})
+        return io.NodeOutput(path, ui=shown(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +10,13 @@ import torch
 
 from ..formats import files
 from ..utils.progress import progress
+from ..utils.progress import tell as on_node
 from ..utils.report import megabytes
 from . import assign, candidates, engine, quality
 from .mixed import Mixed
 from .recipe import Recipe
 from .space import Space
 
-log = logging.getLogger(__name__)
 SIZE, BITS, QUALITY = "size", "bits", "quality"
 # how often a target of quality is corrected by what was measured
 ROUNDS = 4
@@ -65,7 +64,7 @@ def auto_quantize(
     skip: tuple[str, ...],
     load: Callable,
     sixteen: bool = True,
-    tell: Callable[[str], None] = log.info,
+    tell: Callable[[str], None] = on_node,
 ) -> Auto:
     """Quantizes a MODEL with the best mix of `formats` for the goal; the MODEL is not changed.
 

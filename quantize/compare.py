@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..formats.checkpoint import Layer
-from ..utils.progress import progress
+from ..utils.progress import detail, progress
 from . import local, pictures
 from .engine import CALL
 from .pictures import Settings
@@ -119,6 +119,7 @@ def compare(
         listener = local.Listener(modules, sampled[1])
         chosen = {id(record) for record in pick(records, sampled[0])} if modules else set()
         wanted = []
+        detail(f"The reference: {len(records)} UNet calls")
         for record in records:
             heard = contextlib.nullcontext()
             if id(record) in chosen:
@@ -129,9 +130,11 @@ def compare(
         latents = [_sampled(sampling, reference, settings, one_call)] if settings else []
 
         unet, device, dtype = bridge.load(quantized, records)
+        detail(f"The quantized model: {len(records)} UNet calls")
         found = outputs(unet, records, device, dtype, one_call)
         left_out |= {name: "never called" for name in names if not listener.samples[name]}
         results = []
+        detail(f"{len(modules)} layers, each by itself")
         for name, original in modules.items():
             if name not in left_out:
                 samples, module = listener.samples.pop(name), unet.get_submodule(name)

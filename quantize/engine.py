@@ -13,7 +13,7 @@ import torch
 from ..formats import FORMATS
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils import sha256
-from ..utils.progress import progress
+from ..utils.progress import detail, progress
 from . import families, modelopt, pack, percentile, quality
 from .layers import select
 from .mixed import Mixed, plan_mixed
@@ -105,6 +105,7 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
             if modelopt.searches(plans):
                 search = f"{modelopt.searches(plans)}'s search"
                 bridge.check_resident(unet, device, search, "choose max, mse or smoothquant")
+            detail(f"The original: {len(chosen)} UNet calls")
             references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
             _check_outputs(references)
 
@@ -118,11 +119,14 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
                     twin(*args, **kwargs)
                     step(CALL)
 
+            algorithms = ", ".join(sorted({one.algorithm for one in plans.values()}))
+            detail(f"Calibrating ({algorithms}): {sum(map(len, replayed))} UNet calls")
             modelopt.calibrate(unet, plans, replay if collects else None)
             if silent := modelopt.never_called(unet, plans):
                 plans = {name: one for name, one in plans.items() if name not in silent}
                 notes.append(_left_in_16_bits(silent, len(plans)))
             bytes_before = sum(p.numel() * 2 for p in unet.parameters())
+            detail(f"Packing {len(plans)} layers")
             tensors, table = pack.pack(unet, plans, step)
     finally:
         unet = None
@@ -155,6 +159,7 @@ def measure(quantized: Quantized, model) -> None:
         return
     with torch.inference_mode(False), torch.no_grad():
         step = quantized.step
+        detail(f"The quantized model: {len(quantized.records)} UNet calls")
         outputs = bridge.run_loaded(model, quantized.records, lambda: step(CALL))
     quantized.figures = quality.summary(quantized.references, outputs)
     quantized.checkpoint.header["quality"] = quantized.figures

@@ -1,8 +1,13 @@
-"""The progress bar of the node that runs, and the user's cancel."""
+"""The progress bar of the node that runs, a line of text on it, and the user's cancel."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+# what was told last, and by which node of which prompt
+_headline: tuple[tuple[str, str] | None, str] = (None, "")
 
 
 def progress(total: int) -> Callable[[int], None]:
@@ -21,3 +26,35 @@ def progress(total: int) -> Callable[[int], None]:
         bar.update(size)
 
     return step
+
+
+def tell(text: str) -> None:
+    """Says on the node that runs what is being done, and in the log. Outside of a server, where no
+    node runs, in the log only."""
+    global _headline
+    log.info("ModelOpt: %s", text)
+    _headline = (_running(), text)
+    _show(text)
+
+
+def detail(text: str) -> None:
+    """The same for a part of what was told last, which stays above it."""
+    log.debug("ModelOpt: %s", text)
+    above, headline = _headline
+    _show(f"{headline}\n{text}" if above == _running() and headline else text)
+
+
+def _running() -> tuple[str, str] | None:
+    """Prompt and node that run."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return None if context is None else (context.prompt_id, context.node_id)
+
+
+def _show(text: str) -> None:
+    from server import PromptServer
+
+    running, server = _running(), getattr(PromptServer, "instance", None)
+    if running is not None and server is not None:
+        server.send_progress_text(text, running[1], server.client_id)

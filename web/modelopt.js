@@ -1,58 +1,49 @@
-// Shows on a node the text it reports: the plan, the report of Quantize, the info of Load and Info, the comparison, the benchmark, the GPU's table, paths.
+// Shows on the pack's nodes what they report, and before the run how a choice would run here.
 import { app } from "../../scripts/app.js";
+import { followWidgets, hasBadge } from "./modelopt_badge.js";
+import { endProgress, showChart, showReport, WIDTH } from "./modelopt_widgets.js";
 
-const NODES = new Set([
-  "ModelOptPlan",
-  "ModelOptQuantize",
-  "ModelOptAutoQuantize",
-  "ModelOptLoadUNet",
-  "ModelOptImport",
-  "ModelOptExport",
-  "ModelOptModelInfo",
-  "ModelOptCompare",
-  "ModelOptBenchmark",
-  "ModelOptGPUInfo",
-  "ModelOptSaveUNet",
-  "ModelOptSaveCalibration",
-]);
-const NAME = "modelopt_text";
-const LINE = 16;
-const MOST_LINES = 16;
+const PREFIX = "ModelOpt";
+// as high as a node's lists of layers or prompts need to be read
+const TEXT = 100;
 
-function addText(node) {
-  const element = document.createElement("textarea");
-  element.className = "comfy-multiline-input";
-  element.readOnly = true;
-  element.rows = 1;
-  const widget = node.addDOMWidget(NAME, "customtext", element, {
-    getValue: () => element.value,
-    setValue: (value) => {
-      element.value = value ?? "";
-    },
-    getMinHeight: () => LINE * Math.min(element.value.split("\n").length + 1, MOST_LINES),
-    serialize: false,
-  });
-  widget.serialize = false; // shown only: not saved in the workflow, not sent with the prompt
-  return widget;
+function addStyle() {
+  const link = document.createElement("link");
+  link.rel = "stylesheet";
+  link.href = new URL("./modelopt.css", import.meta.url).href;
+  document.head.append(link);
 }
 
-function show(node, text) {
-  const widget = node.widgets?.find((w) => w.name === NAME) ?? addText(node);
-  widget.value = text;
+function output(node, message) {
+  endProgress(node);
+  const text = message?.text;
+  if (text?.length) showReport(node, Array.isArray(text) ? text.join("") : String(text));
+  if (message?.modelopt_blocks?.length) showChart(node, message.modelopt_blocks);
+}
+
+/** Room for the title and for lists of several lines, where the node is new. */
+function fit(node) {
+  const texts = (node.widgets ?? []).filter((widget) => widget.type === "customtext");
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width, 440), Math.max(node.size[1], height)]);
-  node.setDirtyCanvas?.(true, true);
+  const wide = texts.length ? WIDTH : Math.max(width, 10 * node.title.length + 60);
+  node.setSize([Math.max(node.size[0], wide), Math.max(node.size[1], height + TEXT * texts.length)]);
 }
 
 app.registerExtension({
-  name: "ModelOpt.Text",
+  name: "ModelOpt",
+  init: addStyle,
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!NODES.has(nodeData.name)) return;
+    if (!nodeData.name.startsWith(PREFIX)) return;
     const onExecuted = nodeType.prototype.onExecuted;
-    nodeType.prototype.onExecuted = function (output) {
+    nodeType.prototype.onExecuted = function (message) {
       onExecuted?.apply(this, arguments);
-      const text = output?.text;
-      if (text?.length) show(this, Array.isArray(text) ? text.join("") : String(text));
+      output(this, message);
     };
+  },
+  nodeCreated(node) {
+    const id = node.comfyClass ?? "";
+    if (!id.startsWith(PREFIX)) return;
+    fit(node);
+    if (hasBadge(id)) followWidgets(node, id);
   },
 });

@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ...utils.progress import tell
 from ..calibration import Calibration
 from ..records import Recorder, Run
 from ..thinning import shares
@@ -145,6 +146,7 @@ def record_prompts(
     for done, (number, prompt, quota) in enumerate(chosen):
         recorder = Recorder(max_records)
         own_seed = (seed + number) % 2**64
+        tell(f"Prompt {done + 1} of {len(chosen)}: {prompt}")
         latent = sample(
             _recording(model, recorder),
             own_seed,

@@ -1,0 +1,50 @@
+"""What the page shows of a file, and of a choice of formats, before anything is loaded or run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from ..formats import files
+from ..formats.checkpoint import Layer
+from ..utils import badge
+from ..utils.report import megabytes
+from . import device, stock
+
+# how a MODEL whose layers compute in 16 bits runs on any device
+WEIGHTS_ONLY = "weights in few bits, computed in 16: saves memory, not time"
+
+
+def of_file(path: str) -> list[dict[str, str]]:
+    """Chips of a file for Load Quantized UNet: format, layers, size, how it runs here. Reads its
+    header only. Raises ValueError for a damaged file."""
+    size = badge.chip(megabytes(os.path.getsize(path)))
+    found = files.read_header(path)
+    if found is None:
+        if stock.is_stock(path):
+            why = "quantized elsewhere; stock ComfyUI's operations run it"
+            return [badge.chip("stock form", badge.PLAIN, why), size]
+        why = 'not quantized by this pack: "Load Diffusion Model" opens it'
+        return [badge.chip("not quantized", badge.WARNING, why), size]
+    header, layers = found
+    recipe = header["recipe"]
+    words = [str(recipe[key]) for key in ("format", "layers") if recipe.get(key)]
+    return [*(badge.chip(word) for word in words), size, *_of_layers(layers)]
+
+
+def of_formats(asked: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Chips that say how this device runs layers of these (format, kind)."""
+    # the page asks while nothing runs: no kernels are compiled for it
+    return badge.verdicts(asked, device.current(kinds=()))
+
+
+def _of_layers(layers: Mapping[str, Layer]) -> list[dict[str, str]]:
+    computed = [(one.format, one.kind) for one in layers.values() if not one.weight_only]
+    chips = of_formats(sorted(set(computed)))
+    names = sorted({one.format for one in layers.values() if one.weight_only})
+    return [*chips, *(memory_only(name) for name in names)]
+
+
+def memory_only(name: str) -> dict[str, str]:
+    """The chip of a format of which weights alone are held in few bits."""
+    return badge.chip(f"{name}: {badge.MEMORY_ONLY}", badge.PLAIN, WEIGHTS_ONLY)

@@ -1,0 +1,82 @@
+// Asks the server how the file or the formats chosen on a node would run here, and shows it.
+import { api } from "../../scripts/api.js";
+import { showChips } from "./modelopt_widgets.js";
+
+const DELAY = 150; // ms: a format's options come a moment after the format
+
+function value(node, name) {
+  return node.widgets?.find((widget) => widget.name === name)?.value;
+}
+
+function ofFormat(node) {
+  const format = value(node, "format");
+  const e5m2 = format === "fp8" && value(node, "format.weights") === "e5m2";
+  return { formats: format ? [e5m2 ? "fp8_e5m2" : format] : [], layers: value(node, "layers") };
+}
+
+const ASKED = {
+  ModelOptLoadUNet: (node) => ({ unet: value(node, "unet_name") }),
+  ModelOptQuantize: ofFormat,
+  ModelOptPlan: ofFormat,
+  ModelOptAutoQuantize: (node) => ({
+    formats: node.widgets
+      .filter((widget) => widget.value === true && widget.name !== "sixteen_bits")
+      .map((widget) => widget.name),
+    layers: value(node, "layers"),
+  }),
+};
+
+function query({ unet, formats, layers }) {
+  const found = new URLSearchParams();
+  if (unet) found.append("unet", unet);
+  for (const format of formats ?? []) found.append("format", format);
+  if (formats?.length) found.append("layers", layers ?? "");
+  return found.toString();
+}
+
+async function chips(asked) {
+  const answer = await api.fetchApi(`/modelopt/badge?${asked}`);
+  if (!answer.ok) return [];
+  const found = await answer.json();
+  return found.chips ?? [{ text: "cannot be read", tone: "bad", why: found.error }];
+}
+
+export const hasBadge = (id) => id in ASKED;
+
+/** Keeps the chips of a node in step with its widgets. */
+export function followWidgets(node, id) {
+  const known = new WeakSet();
+  let timer;
+  let shown;
+  const refresh = async () => {
+    watch(); // a chosen format brings widgets of its own
+    const asked = query(ASKED[id](node));
+    if (asked === shown) return;
+    shown = asked;
+    const found = asked ? await chips(asked) : [];
+    if (asked === shown && node.graph) showChips(node, found);
+  };
+  const later = () => {
+    clearTimeout(timer);
+    timer = setTimeout(refresh, DELAY);
+  };
+  const watch = () => {
+    for (const widget of node.widgets ?? []) {
+      if (known.has(widget) || widget.name.startsWith("modelopt_")) continue;
+      known.add(widget);
+      const callback = widget.callback;
+      widget.callback = function () {
+        const answer = callback?.apply(this, arguments);
+        later();
+        return answer;
+      };
+    }
+  };
+  const onConfigure = node.onConfigure;
+  node.onConfigure = function () {
+    onConfigure?.apply(this, arguments);
+    later();
+  };
+  watch();
+  later();
+}

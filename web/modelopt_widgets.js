@@ -1,0 +1,101 @@
+// What the pack puts on nodes: chips, a report, a chart. All text goes in as text, never as HTML.
+
+const LINE = 16;
+const MOST_LINES = 18;
+const CHART = 92;
+export const WIDTH = 460;
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+/** The node's widget of that name around `root`; made on the first call. Never saved or sent. */
+function widget(node, name, root, heights) {
+  const made = node.addDOMWidget(name, "modelopt", root, { serialize: false, ...heights });
+  made.serialize = false;
+  return made;
+}
+
+function existing(node, name) {
+  return node.widgets?.find((one) => one.name === name);
+}
+
+function grow(node, width = 0) {
+  const [needed, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], needed, width), Math.max(node.size[1], height)]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+/** Takes away the line of progress that the page itself put on the node. */
+export function endProgress(node) {
+  const line = existing(node, "$$node-text-preview");
+  if (!line) return;
+  const height = line.computedHeight ?? 0;
+  node.removeWidget(line);
+  node.setSize([node.size[0], Math.max(node.size[1] - height, node.computeSize()[1])]);
+}
+
+/** Coloured words: [{text, tone, why}]. An empty list takes them away. */
+export function showChips(node, chips) {
+  let found = existing(node, "modelopt_chips");
+  if (!found) {
+    if (!chips.length) return;
+    const root = element("div", "modelopt-chips");
+    // two rows fit, as wide as the node is made
+    found = widget(node, "modelopt_chips", root, { getMinHeight: () => 44, getMaxHeight: () => 44 });
+  }
+  found.element.replaceChildren(
+    ...chips.map(({ text, tone, why }) => {
+      const chip = element("span", "modelopt-chip", text);
+      chip.dataset.tone = tone;
+      if (why) chip.title = why;
+      return chip;
+    }),
+  );
+  grow(node);
+}
+
+/** Read-only text that scrolls and can be copied. */
+export function showReport(node, text) {
+  let found = existing(node, "modelopt_report");
+  if (!found) {
+    const root = element("textarea", "modelopt-report");
+    root.readOnly = true;
+    root.spellcheck = false;
+    const lines = () => Math.min(root.value.split("\n").length, MOST_LINES);
+    found = widget(node, "modelopt_report", root, { getMinHeight: () => LINE * lines() + 16 });
+  }
+  found.element.value = text;
+  grow(node, WIDTH);
+}
+
+/** Bars of the UNet's blocks: [[name, bits a weight, MB]]. A bar's area is its part of the file. */
+export function showChart(node, blocks) {
+  let found = existing(node, "modelopt_chart");
+  if (!found) {
+    const root = element("div", "modelopt-chart");
+    const heights = { getMinHeight: () => CHART, getMaxHeight: () => CHART };
+    found = widget(node, "modelopt_chart", root, heights);
+  }
+  const bars = element("div", "modelopt-bars");
+  for (const [name, bits, mb] of blocks) {
+    const bar = element("div", "modelopt-bar");
+    bar.style.flex = `${mb / bits} 1 2px`;
+    bar.style.height = `${(100 * Math.min(bits, 16)) / 16}%`;
+    bar.dataset.bits = bits < 6.5 ? "4" : bits < 12 ? "8" : "16";
+    bar.title = `${name}: ${bits.toFixed(2)} bits a weight, ${mb.toFixed(1)} MB`;
+    bars.append(bar);
+  }
+  const total = blocks.reduce((sum, [, , mb]) => sum + mb, 0);
+  const weights = blocks.reduce((sum, [, bits, mb]) => sum + mb / bits, 0);
+  const legend = element("div", "modelopt-legend");
+  legend.append(
+    element("span", "", "bits by block, first to last (lines: 4, 8, 12, 16)"),
+    element("span", "", `${(total / weights).toFixed(1)} bits, ${total.toFixed(1)} MB`),
+  );
+  found.element.replaceChildren(bars, legend);
+  grow(node, WIDTH);
+}
