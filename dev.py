@@ -12,9 +12,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from devtools import setup_browser
 from devtools.common import ROOT, UserError, has_gpu, say
 from devtools.setup import Environment, set_up
 
@@ -25,9 +26,16 @@ FAST = "not slow and not e2e and not gpu"
 PYTEST = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())"
 
 
-def run(command: Sequence[str | Path], env: Environment, cwd: Path = ROOT) -> int:
-    """Run to the end and return the exit status. Ctrl-C goes to the command, which ends by it."""
-    child_env = {**os.environ, "COMFYUI_PATH": str(env.comfyui)}
+def run(
+    command: Sequence[str | Path],
+    env: Environment,
+    cwd: Path = ROOT,
+    more: Mapping[str, str] | None = None,
+) -> int:
+    """Run to the end and return the exit status. Ctrl-C goes to the command, which ends by it.
+
+    more: environment variables of the command."""
+    child_env = {**os.environ, "COMFYUI_PATH": str(env.comfyui), **(more or {})}
     with subprocess.Popen([str(c) for c in command], cwd=cwd, env=child_env) as process:
         while True:
             try:
@@ -41,12 +49,15 @@ def run(command: Sequence[str | Path], env: Environment, cwd: Path = ROOT) -> in
                 raise
 
 
-def pytest(env: Environment, arguments: Sequence[str]) -> int:
-    return run([env.python, "-c", PYTEST, *arguments], env)
+def pytest(
+    env: Environment, arguments: Sequence[str], more: Mapping[str, str] | None = None
+) -> int:
+    return run([env.python, "-c", PYTEST, *arguments], env, more=more)
 
 
 def cmd_test(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
-    return pytest(env, extra)
+    browser = setup_browser.environment(env.python) if setup_browser.wanted(extra) else {}
+    return pytest(env, extra, browser)
 
 
 def cmd_check(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
@@ -70,6 +81,20 @@ def cmd_precompile(env: Environment, args: argparse.Namespace, extra: list[str])
     say("ModelOpt's CUDA kernels: minutes the first time, needs an NVIDIA GPU and a CUDA compiler")
     code = "from modelopt.torch.quantization.extensions import precompile; precompile()"
     return run([env.python, "-c", code], env)
+
+
+def in_venv(env: Environment, module: str) -> int:
+    code = f"from devtools import {module}; import sys; sys.exit({module}.main())"
+    code = f"import sys; sys.path.append({str(ROOT)!r}); {code}"
+    return run([env.python, "-c", code], env, more=setup_browser.environment(env.python))
+
+
+def cmd_workflows(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    return in_venv(env, "gallery")
+
+
+def cmd_pictures(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    return in_venv(env, "pictures")
 
 
 def cmd_demo(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
@@ -181,6 +206,18 @@ def parser() -> argparse.ArgumentParser:
         "precompile",
         cmd_precompile,
         "build ModelOpt's CUDA kernels, so that the first AWQ or SVDQuant does not wait for them",
+    )
+    command(
+        "workflows",
+        cmd_workflows,
+        "make example_workflows anew from example_workflows/api, in a real page",
+        "Needs a browser.",
+    )
+    command(
+        "pictures",
+        cmd_pictures,
+        "make the pictures of the README and the help pages anew, in a real page",
+        "Needs a browser.",
     )
     command("paths", cmd_paths, "print JSON with the python and the comfyui in use")
     return top

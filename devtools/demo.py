@@ -104,7 +104,7 @@ class Demo:
         if self.synthetic:
             self._make_checkpoint()
         arguments = ["--extra-model-paths-config", str(self._model_paths())]
-        quantize, generate = load_workflow("quantize.json"), load_workflow("generate.json")
+        quantize, generate = load_workflow("quantize_sd15.json"), load_workflow("generate.json")
         self._fit(quantize)
         self._fit(generate)
 

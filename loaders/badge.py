@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from ..formats import files
 from ..formats.checkpoint import Layer
 from ..utils import badge
-from ..utils.report import megabytes
+from ..utils.report import megabytes, recipe_line
 from . import device, stock
 
 # how a MODEL whose layers compute in 16 bits runs on any device
@@ -30,6 +30,17 @@ def of_file(path: str) -> list[dict[str, str]]:
     recipe = header["recipe"]
     words = [str(recipe[key]) for key in ("format", "layers") if recipe.get(key)]
     return [*(badge.chip(word) for word in words), size, *_of_layers(layers)]
+
+
+def made_by(path: str) -> str:
+    """How a file was made, in a line: for workflows that name it. "" where its header does not say.
+    Raises ValueError for a damaged file."""
+    found = files.read_header(path)
+    if found is None:
+        return ""
+    header, _ = found
+    source = (header.get("source") or {}).get("name")
+    return (f"{source}: " if source else "") + recipe_line(header["recipe"])
 
 
 def of_formats(asked: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

@@ -10,6 +10,16 @@ from . import folders
 from .shown import shown
 
 
+def how_to_make(made_by: str | None) -> str:
+    """What to do about a file that a workflow names and nobody has, "" where it is not known."""
+    if not made_by:
+        return ""
+    return (
+        f". The workflow's file was made by: {made_by}. Quantize that checkpoint the same way with "
+        "Quantize UNet (ModelOpt) and save it, or get the file from the workflow's author"
+    )
+
+
 class LoadUNet(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -36,6 +46,14 @@ class LoadUNet(io.ComfyNode):
                     "compiler, minutes perhaps. Needs Triton and a C compiler. LoRAs and patches keep working; each "
                     "new kind of them compiles again.",
                 ),
+                io.String.Input(
+                    "made_by",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="How the file was made. The page fills it in, for whoever opens the "
+                    "workflow without the file; it changes nothing.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The quantized model."),
@@ -44,21 +62,23 @@ class LoadUNet(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, unet_name: str, compile: bool = False) -> str:
+    def fingerprint_inputs(cls, unet_name: str, compile: bool = False, made_by: str = "") -> str:
         return f"{folders.fingerprint(folders.UNETS, unet_name)} {compile}"
 
     @classmethod
-    def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, unet_name: str | None = None, made_by: str | None = None
+    ) -> bool | str:
         if unet_name is None:
             return True
         try:
             folders.find(folders.UNETS, unet_name)
         except ValueError as error:
-            return str(error)
+            return f"{error}{how_to_make(made_by)}"
         return True
 
     @classmethod
-    def execute(cls, unet_name: str, compile: bool = False) -> io.NodeOutput:
+    def execute(cls, unet_name: str, compile: bool = False, made_by: str = "") -> io.NodeOutput:
         path = folders.find(folders.UNETS, unet_name)
         if stock.is_stock(path):
             if compile:

@@ -28,23 +28,27 @@ def formats_of(names: list[str], layers: str) -> list[dict[str, str]]:
     return chips
 
 
-def file_of(name: str) -> list[dict[str, str]]:
-    """Chips of a file of models/diffusion_models. Raises ValueError in house form."""
-    return badge.of_file(folders.find(folders.UNETS, name))
+def file_of(name: str) -> dict[str, object]:
+    """Chips of a file of models/diffusion_models, and how it was made. Raises ValueError in house
+    form."""
+    path = folders.find(folders.UNETS, name)
+    return {"chips": badge.of_file(path), "made_by": badge.made_by(path)}
 
 
 async def answer(request: web.Request) -> web.Response:
-    """?unet=NAME, or ?format=NAME&format=…&layers=…: {"chips": […]}, or {"error": text}."""
+    """?unet=NAME, or ?format=NAME&format=…&layers=…: {"chips": […]} (and "made_by" for
+    a file), or {"error": text}."""
     query = request.query
     try:
         if "unet" in query:
-            chips = await asyncio.to_thread(file_of, query["unet"])
+            found = await asyncio.to_thread(file_of, query["unet"])
         else:
             names = query.getall("format", [])
             chips = await asyncio.to_thread(formats_of, names, query.get("layers", ""))
+            found = {"chips": chips}
     except ValueError as error:
         return web.json_response({"error": str(error)})
-    return web.json_response({"chips": chips})
+    return web.json_response(found)
 
 
 def register() -> None:

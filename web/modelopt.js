@@ -4,8 +4,6 @@ import { followWidgets, hasBadge } from "./modelopt_badge.js";
 import { endProgress, showChart, showReport, WIDTH } from "./modelopt_widgets.js";
 
 const PREFIX = "ModelOpt";
-// as high as a node's lists of layers or prompts need to be read
-const TEXT = 100;
 
 function addStyle() {
   const link = document.createElement("link");
@@ -24,9 +22,12 @@ function output(node, message) {
 /** Room for the title and for lists of several lines, where the node is new. */
 function fit(node) {
   const texts = (node.widgets ?? []).filter((widget) => widget.type === "customtext");
+  const lines = texts.map((widget) => Math.min(String(widget.value).split("\n").length, 10));
+  const rows = LiteGraph.vueNodesMode ? 5 * (node.widgets ?? []).length : 0; // higher in Nodes 2.0
+  const more = rows + lines.reduce((sum, count) => sum + 30 + 17 * count, 0); // px
   const [width, height] = node.computeSize();
   const wide = texts.length ? WIDTH : Math.max(width, 10 * node.title.length + 60);
-  node.setSize([Math.max(node.size[0], wide), Math.max(node.size[1], height + TEXT * texts.length)]);
+  node.setSize([Math.max(node.size[0], wide), Math.max(node.size[1], height + more)]);
 }
 
 app.registerExtension({
@@ -43,7 +44,7 @@ app.registerExtension({
   nodeCreated(node) {
     const id = node.comfyClass ?? "";
     if (!id.startsWith(PREFIX)) return;
-    fit(node);
     if (hasBadge(id)) followWidgets(node, id);
+    fit(node);
   },
 });

@@ -1,6 +1,6 @@
 // Asks the server how the file or the formats chosen on a node would run here, and shows it.
 import { api } from "../../scripts/api.js";
-import { showChips } from "./modelopt_widgets.js";
+import { addChips, showChips } from "./modelopt_widgets.js";
 
 const DELAY = 150; // ms: a format's options come a moment after the format
 
@@ -34,17 +34,25 @@ function query({ unet, formats, layers }) {
   return found.toString();
 }
 
-async function chips(asked) {
+async function ask(asked) {
+  if (!asked) return { chips: [] };
   const answer = await api.fetchApi(`/modelopt/badge?${asked}`);
-  if (!answer.ok) return [];
+  if (!answer.ok) return { chips: [] };
   const found = await answer.json();
-  return found.chips ?? [{ text: "cannot be read", tone: "bad", why: found.error }];
+  return found.error ? { chips: [{ text: "cannot be read", tone: "bad", why: found.error }] } : found;
+}
+
+/** The workflow keeps how the file was made, for whoever opens it without the file. */
+function keepMadeBy(node, text) {
+  const widget = node.widgets.find((one) => one.name === "made_by");
+  if (widget && text) widget.value = text;
 }
 
 export const hasBadge = (id) => id in ASKED;
 
 /** Keeps the chips of a node in step with its widgets. */
 export function followWidgets(node, id) {
+  addChips(node);
   const known = new WeakSet();
   let timer;
   let shown;
@@ -53,8 +61,10 @@ export function followWidgets(node, id) {
     const asked = query(ASKED[id](node));
     if (asked === shown) return;
     shown = asked;
-    const found = asked ? await chips(asked) : [];
-    if (asked === shown && node.graph) showChips(node, found);
+    const found = await ask(asked);
+    if (asked !== shown) return;
+    keepMadeBy(node, found.made_by);
+    showChips(node, found.chips);
   };
   const later = () => {
     clearTimeout(timer);

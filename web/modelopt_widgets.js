@@ -3,6 +3,7 @@
 const LINE = 16;
 const MOST_LINES = 18;
 const CHART = 92;
+const CHIPS = 50; // two rows
 export const WIDTH = 460;
 
 function element(tag, className, text) {
@@ -38,16 +39,16 @@ export function endProgress(node) {
   node.setSize([node.size[0], Math.max(node.size[1] - height, node.computeSize()[1])]);
 }
 
-/** Coloured words: [{text, tone, why}]. An empty list takes them away. */
+/** A place for chips. */
+export function addChips(node) {
+  const root = element("div", "modelopt-chips");
+  const height = () => CHIPS;
+  widget(node, "modelopt_chips", root, { getMinHeight: height, getMaxHeight: height });
+}
+
+/** Coloured words: [{text, tone, why}], in their place. */
 export function showChips(node, chips) {
-  let found = existing(node, "modelopt_chips");
-  if (!found) {
-    if (!chips.length) return;
-    const root = element("div", "modelopt-chips");
-    // two rows fit, as wide as the node is made
-    found = widget(node, "modelopt_chips", root, { getMinHeight: () => 44, getMaxHeight: () => 44 });
-  }
-  found.element.replaceChildren(
+  existing(node, "modelopt_chips").element.replaceChildren(
     ...chips.map(({ text, tone, why }) => {
       const chip = element("span", "modelopt-chip", text);
       chip.dataset.tone = tone;
@@ -55,7 +56,6 @@ export function showChips(node, chips) {
       return chip;
     }),
   );
-  grow(node);
 }
 
 /** Read-only text that scrolls and can be copied. */

@@ -42,7 +42,7 @@ def unet(server) -> str:
 def workflow(unet: str, pictures: bool = True, images: bool = True) -> dict:
     """The shipped workflow with a small picture; without the inputs of pictures, or the nodes that
     show them, where asked for."""
-    made = load_workflow("compare.json")
+    made = load_workflow("compare_file.json")
     one(made, "CheckpointLoaderSimple")["ckpt_name"] = "sd15.safetensors"
     one(made, "ModelOptLoadUNet")["unet_name"] = unet
     one(made, "EmptyLatentImage").update(width=64, height=64)

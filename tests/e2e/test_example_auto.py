@@ -1,4 +1,4 @@
-"""The shipped workflow example_workflows/api/auto.json in a real server: plan, search, compare, save."""
+"""The shipped workflow example_workflows/api/auto_mixed_precision.json in a real server: plan, search, compare, save."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture(scope="module")
 def ran(server):
     """The workflow, small, and what came of it."""
-    graph = workflows.load_workflow("auto.json")
+    graph = workflows.load_workflow("auto_mixed_precision.json")
     workflows.one(graph, "CheckpointLoaderSimple")["ckpt_name"] = "sd15.safetensors"
     prompts = workflows.one(graph, "ModelOptCalibrationPrompts")
     prompts["prompts"] = "\n".join(prompts["prompts"].splitlines()[:2])

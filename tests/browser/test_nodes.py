@@ -1,0 +1,123 @@
+"""Every node, found by the search box: its widgets, its conditional options, what it says of the GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from comfyui_modelopt.nodes import NODES, routes
+from comfyui_modelopt.quantize.recipe import ALGORITHMS
+
+pytestmark = pytest.mark.e2e
+SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}
+# what the page adds of its own
+PAGES_OWN = {"control_after_generate", "fixed", "modelopt_chips"}
+# room that the title's words need
+TITLE = """(id) => {
+  const node = app.graph.getNodeById(id), context = app.canvas.ctx;
+  context.save();
+  context.font = "14px Arial";
+  const words = context.measureText(node.title).width;
+  context.restore();
+  return node.size[0] - words - LiteGraph.NODE_TITLE_HEIGHT;
+}"""
+# how many pixels of a list of layers are out of sight
+HIDDEN = """(id) => {
+  const widget = app.graph.getNodeById(id).widgets.find((one) => one.name === "skip");
+  const root = widget.element.isConnected ? widget.element
+    : [...document.querySelectorAll("textarea")].find((one) => one.value === widget.value);
+  return root.scrollHeight - root.clientHeight;
+}"""
+
+
+def widgets_of(server, node_id: str) -> set[str]:
+    """Names of inputs with a widget, from what the server tells the page; nested ones not."""
+    given = server.object_info(node_id)["input"]
+    inputs = given.get("required", {}) | given.get("optional", {})
+    plain = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+    return {name for name, (kind, *_) in inputs.items() if isinstance(kind, list) or kind in plain}
+
+
+@pytest.mark.parametrize("node_id", SCHEMAS)
+def test_added_from_the_search_box(page, server, node_id):
+    display_name = SCHEMAS[node_id].display_name
+    node = page.add_by_search(display_name)
+    assert page.run("(id) => app.graph.getNodeById(id).comfyClass", node) == node_id
+    shown = page.widgets(node)
+    top = {name for name in shown if "." not in name} - PAGES_OWN
+    assert top == widgets_of(server, node_id)
+    assert page.run(TITLE, node) > 0, "the title is cut off"
+    if "skip" in shown:
+        page.settle(400)
+        assert page.run(HIDDEN, node) <= 2, "the list of layers is cut off"
+
+
+def test_a_format_shows_its_own_options(page):
+    node = page.add_by_search("Quantize UNet (ModelOpt)")
+    for name, algorithms in ALGORITHMS.items():
+        if name == "fp8_e5m2":
+            continue
+        page.set_widget(node, "format", name)
+        options = page.run(
+            "(id) => app.graph.getNodeById(id).widgets"
+            ".find((w) => w.name === 'format.algorithm').options.values",
+            node,
+        )
+        assert list(options) == list(algorithms)
+        shown = set(page.widgets(node))
+        assert ("format.weights" in shown) == ("format.activations" in shown) == (name == "fp8")
+    page.set_widget(node, "format", "int4")
+    page.set_widget(node, "format.algorithm", "svdquant")
+    assert page.widgets(node)["format.algorithm.rank"] == 32
+    page.set_widget(node, "format", "int8")
+    page.set_widget(node, "format.algorithm", "smoothquant")
+    shown = page.widgets(node)
+    assert shown["format.algorithm.alpha"] == 0.5 and "format.algorithm.rank" not in shown
+
+
+def test_a_target_shows_its_own_value(page):
+    node = page.add_by_search("Auto Quantize UNet (ModelOpt)")
+    for target, name in (("bits", "bits"), ("quality", "sqnr_db"), ("size", "megabytes")):
+        page.set_widget(node, "target", target)
+        nested = {key for key in page.widgets(node) if key.startswith("target.")}
+        assert nested == {f"target.{name}"}
+
+
+def chips(page, node) -> list[str]:
+    page.settle(700)
+    return [line for line in page.shown(node, "modelopt_chips").splitlines() if line]
+
+
+def words(formats: list[str], layers: str = "linear + conv") -> list[str]:
+    return [chip["text"] for chip in routes.formats_of(formats, layers)]
+
+
+def test_the_verdict_follows_the_choice(page):
+    """On this machine: without a GPU all but weight-only formats are emulated."""
+    node = page.add_by_search("Quantize UNet (ModelOpt)")
+    assert chips(page, node) == words(["fp8"]) != []
+    page.set_widget(node, "format", "int4")
+    assert chips(page, node) == words(["int4"]) == ["int4: memory only"]
+    page.set_widget(node, "format", "fp8")
+    page.set_widget(node, "format.weights", "e5m2")
+    assert chips(page, node) == words(["fp8_e5m2"])
+    node = page.add_by_search("Auto Quantize UNet (ModelOpt)", at=(1000, 150))
+    assert chips(page, node) == words(["int8", "fp8", "int4", "int8_weights"])
+    page.set_widget(node, "fp8", False)
+    page.set_widget(node, "int8_weights", False)
+    assert chips(page, node) == words(["int8", "int4"])
+
+
+def test_the_badge_tells_a_file_before_it_is_loaded(page, server):
+    node = page.add_by_search("Load Quantized UNet (ModelOpt)")
+    name = "sd15_fp8_00001_.safetensors"
+    page.set_widget(node, "unet_name", name)
+    size = (server.models / "diffusion_models" / name).stat().st_size
+    assert chips(page, node)[:3] == ["fp8", "linear + conv", f"{size / 1e6:.1f} MB"]
+    made_by = page.widgets(node)["made_by"]
+    assert made_by == "sd15.safetensors: fp8, max (activations static), linear + conv"
+    page.set_widget(node, "unet_name", "gone.safetensors")
+    assert chips(page, node) == ["cannot be read"]
+    assert page.widgets(node)["made_by"] == made_by, "kept for whoever has not got the file"
+    sent = page.prompt()[str(node)]["inputs"]
+    assert sent["made_by"] == made_by and "modelopt_chips" not in json.dumps(sent)
