@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
-from comfyui_modelopt.devtools.common import PACK_NAME
+from comfyui_modelopt.devtools.common import PACK_NAME, venv_python
 from comfyui_modelopt.devtools.server import ComfyServer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -233,17 +232,17 @@ def test_pip_adds_packages_and_replaces_none(comfyui, tmp_path):
     lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines()
     there = needed_by([line.partition("#")[0].strip() for line in lines if line[:1].isalpha()])
     assert "torch" in there and "nvidia-modelopt" not in there
-    site = tmp_path / "site"
-    site.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = venv_python(tmp_path / "venv")
+    where = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip())
     for name in there:
         path = Path(importlib.metadata.distribution(name)._path)
-        (site / path.name).symlink_to(path)
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = tmp_path / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if not (site / path.name).exists():
+            (site / path.name).symlink_to(path)
     command = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-"]
     done = subprocess.run(
         [*map(str, command), "-r", str(ROOT / "requirements.txt")],
-        env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
         timeout=300,
