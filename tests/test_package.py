@@ -1,7 +1,7 @@
 """The archive that the ComfyUI registry gets: what is in it, and that it runs as installed.
 
 Made as comfy-cli makes it (`comfy node pack`): the files that git tracks, less what `.comfyignore`
-matches. CONTRIBUTING.md says how the two were compared.
+matches.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT, COMFY = PYPROJECT["project"], PYPROJECT["tool"]["comfy"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# who publishes is not known: stands in every address until then (CONTRIBUTING.md, "Publishing")
-OWNER = COMFY["PublisherId"]
 TOTAL_BYTES = 8 << 20
 PICTURE_BYTES = 600 << 10
 
@@ -166,7 +164,9 @@ def test_registry_fields():
 
 
 def test_addresses_are_of_one_owner_and_their_files_are_there():
-    home = f"https://github.com/{OWNER}/{PROJECT['name']}"
+    home = PROJECT["urls"]["Repository"]
+    assert re.fullmatch(rf"https://github\.com/[\w-]+/{PROJECT['name']}", home)
+    assert re.fullmatch(r"[\w-]+", COMFY["PublisherId"])
     assert all(url.startswith(home) for url in PROJECT["urls"].values())
     for field, ratio in (("Icon", 1.0), ("Banner", 21 / 9)):
         start, file = COMFY[field].split("/main/")
