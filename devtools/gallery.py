@@ -166,7 +166,7 @@ BOX = """() => {
 }"""
 # columns from left to right; a column that gets too high goes on in another one
 LAY_OUT = """([depths, note, width, line]) => {
-  const GAP = 90, ACROSS = 60, MOST = 1500, columns = [];
+  const GAP = 130, ACROSS = 80, MOST = 1500, columns = [];
   for (const node of app.graph.nodes) {
     const at = depths[node.id];
     (columns[at] ??= []).push(node);
@@ -178,7 +178,7 @@ LAY_OUT = """([depths, note, width, line]) => {
       if (y && y + node.size[1] > MOST) { x += wide + ACROSS; y = wide = 0; }
       node.pos = [x, y];
       y += node.size[1] + GAP;
-      wide = Math.max(wide, node.size[0]);
+      wide = Math.max(wide, node.size[0], 260); // nodes of the other renderer are wider
     }
     x += wide + ACROSS;
   }

@@ -1,0 +1,163 @@
+"""Quantizing by clicks: progress, report, chart, file; cancelling; the page reloaded; strangers' text."""
+
+from __future__ import annotations
+
+import pytest
+from comfyui_modelopt.devtools.browser import template
+
+pytestmark = pytest.mark.e2e
+LINE = "$$node-text-preview"  # the page's own widget of progress
+SMALL = {"width": 64, "height": 64, "steps": 2, "max_records": 4}
+
+
+def node_of(page, kind: str) -> int:
+    return page.run("(kind) => app.graph.nodes.find((n) => n.comfyClass === kind).id", kind)
+
+
+def open_small(page, server, prompts: str = "a red fox\na tabby cat") -> tuple[int, int]:
+    """The workflow *quantize_sd15*, small and quick. -> ids of calibration and Quantize."""
+    page.load(template(server, "quantize_sd15"))
+    prompt, quantize = node_of(page, "ModelOptCalibrationPrompts"), node_of(page, "ModelOptQuantize")
+    page.set_widget(prompt, "prompts", prompts)
+    for name, value in SMALL.items():
+        page.set_widget(prompt, name, value)
+    page.set_widget(quantize, "format.algorithm", "max")
+    return prompt, quantize
+
+
+def press_run(page) -> None:
+    page.page.get_by_test_id("queue-button").click()
+
+
+def hear_progress(page) -> None:
+    """Keeps every line of progress that the page gets, by node."""
+    page.run(
+        """() => {
+          window.heard = [];
+          app.api.addEventListener("progress_text", ({ detail }) =>
+            window.heard.push([String(detail.nodeId), detail.text]));
+        }"""
+    )
+
+
+def wait_done(page, node: int, seconds: float = 300) -> None:
+    page.wait_for(
+        "(id) => app.graph.getNodeById(id).widgets.some((w) => w.name === 'modelopt_report')",
+        node,
+        seconds,
+    )
+
+
+def saved(server) -> set[str]:
+    return {path.name for path in (server.models / "diffusion_models").glob("sd15_fp8_*")}
+
+
+def test_quantize_by_clicks(page, server):
+    before = saved(server)
+    prompt, quantize = open_small(page, server)
+    # other text than the renderer before: ComfyUI would have it all in its cache
+    page.set_widget(prompt, "seed", len(before) + 100)
+    hear_progress(page)
+    press_run(page)
+    wait_done(page, quantize)
+    wait_done(page, node_of(page, "ModelOptModelInfo"))
+    heard = page.run("() => window.heard")
+    told = {node: [text for one, text in heard if one == node] for node, _ in heard}
+    assert told[str(prompt)] == ["Prompt 1 of 2: a red fox", "Prompt 2 of 2: a tabby cat"]
+    assert told[str(quantize)][0].startswith("Planned: a file of ")
+    parts = [text.split("\n")[1].split(" ")[0] for text in told[str(quantize)][1:]]
+    assert parts == ["The", "Calibrating", "Packing", "The"]
+    assert page.shown(prompt, "modelopt_report").startswith("Calibration: 4 UNet calls of 2 runs")
+    report = page.shown(quantize, "modelopt_report")
+    assert "SQNR" in report and "Quantized: fp8, max" in report
+    bars = page.run(
+        "(id) => app.graph.getNodeById(id).widgets.find((w) => w.name === 'modelopt_chart')"
+        ".element.querySelectorAll('.modelopt-bar').length",
+        quantize,
+    )
+    assert bars > 3
+    assert LINE not in page.widgets(prompt) and LINE not in page.widgets(quantize)
+    page.wait_for("() => app.graph.nodes.some((n) => n.comfyClass === 'ModelOptSaveUNet' "
+                  "&& n.widgets.some((w) => w.name === 'modelopt_report'))")  # fmt: skip
+    (made,) = saved(server) - before
+    assert made in page.shown(node_of(page, "ModelOptSaveUNet"), "modelopt_report")
+    # what was shown is neither saved with the workflow nor sent again
+    assert "modelopt_" not in str(page.workflow()["nodes"])
+
+
+def test_cancel_leaves_nothing_and_the_next_run_works(page, server):
+    before = saved(server)
+    prompt, quantize = open_small(page, server)
+    page.set_widget(prompt, "steps", 60)
+    page.set_widget(prompt, "seed", len(before) + 200)
+    hear_progress(page)
+    page.run(
+        """() => {
+          window.stopped = 0;
+          app.api.addEventListener("execution_interrupted", () => (window.stopped += 1));
+        }"""
+    )
+    press_run(page)
+    page.wait_for("() => window.heard.length > 0")
+    page.page.get_by_role("button", name="Cancel current run").click()
+    page.wait_for("() => window.stopped === 1", seconds=60)
+    assert saved(server) == before
+    assert "modelopt_report" not in page.widgets(quantize)
+    page.set_widget(prompt, "steps", 2)
+    press_run(page)
+    wait_done(page, quantize)
+    page.settle(1500)
+    assert len(saved(server)) == len(before) + 1
+
+
+def test_a_reload_keeps_the_graph(page, server):
+    prompt, quantize = open_small(page, server, "kept over a reload")
+    page.set_widget(quantize, "format", "nvfp4")
+    page.set_widget(quantize, "format.algorithm", "svdquant")
+    page.set_widget(quantize, "format.algorithm.rank", 48)
+    page.settle(1500)  # the page saves a draft now and then
+    sent = page.prompt()
+    page.page.reload()
+    page.wait_ready()
+    page.wait_for("() => app.graph.nodes.some((n) => n.comfyClass === 'ModelOptQuantize')")
+    again = page.prompt()
+    assert again == sent
+    assert again[str(quantize)]["inputs"]["format.algorithm.rank"] == 48
+    assert again[str(prompt)]["inputs"]["prompts"] == "kept over a reload"
+
+
+def test_text_is_shown_as_text(page, server):
+    """A prompt that is HTML runs nothing, in the line of progress or in a report."""
+    evil = "<img src=x onerror='window.ran = true'><script>window.ran = true</script>"
+    prompt, quantize = open_small(page, server, evil)
+    page.set_widget(prompt, "seed", 300 + len(saved(server)))
+    hear_progress(page)
+    press_run(page)
+    wait_done(page, quantize)
+    wait_done(page, node_of(page, "ModelOptModelInfo"))
+    page.settle(800)
+    assert any("<script>" in text for _, text in page.run("() => window.heard"))
+    assert page.run("() => window.ran ?? null") is None
+
+
+def test_a_missing_file_says_how_it_was_made(page, server):
+    page.load(template(server, "generate"))
+    node = node_of(page, "ModelOptLoadUNet")
+    page.settle(800)
+    page.set_widget(node, "unet_name", "gone.safetensors")
+    page.run(
+        """() => {
+          window.refused = null;
+          const post = app.api.queuePrompt.bind(app.api);
+          app.api.queuePrompt = async (...given) => {
+            try { return await post(...given); }
+            catch (error) { window.refused = JSON.stringify(error.response ?? String(error)); throw error; }
+          };
+        }"""
+    )
+    press_run(page)
+    page.wait_for("() => window.refused !== null")
+    page.problems.clear()  # the page logs the server's refusal
+    refused = page.run("() => window.refused")
+    assert "gone.safetensors" in refused
+    assert "made by: sd15.safetensors: fp8, max (activations static), linear + conv" in refused
