@@ -24,6 +24,7 @@ HAN = re.compile(r"[\u4e00-\u9fff]")
 # the page compiles names and descriptions as messages of vue-i18n, where these mean something
 SYNTAX = re.compile(r"[{}@|]")
 LANGUAGES = ("en", "zh")
+NONE = ""  # of an input without a default
 SECTIONS = {
     "en": ("Inputs", "Outputs", "Typical mistakes", "See also"),
     "zh": ("输入", "输出", "常见错误", "另请参阅"),
@@ -161,25 +162,28 @@ def test_page_names_every_input(node_id, language):
     for name, one in locales.inputs_of(SCHEMAS[node_id]):
         inputs.setdefault(name, []).append(one)
     found = rows(section(node_id, language, 0))
-    assert [code(cells[0])[-1] for cells in found] == list(inputs)
+    shown = [code(cell.split("<br>")[0])[-1] for cell, _ in found]
+    assert shown == [name.split(".")[-1] for name in inputs]
     named = read(language, "nodeDefs")[node_id]["inputs"]
-    for cells, (name, ones) in zip(found, inputs.items(), strict=True):
-        label, kind, default, meaning = cells
+    for (cell, meaning), (name, ones) in zip(found, inputs.items(), strict=True):
+        label, kind, *default = cell.split("<br>")
         assert meaning and (language == "en") != bool(HAN.search(meaning)), name
         assert named[name.replace(".", "_")]["name"] in label, name
         given = {default_of(one) for one in ones}
-        if len(given) == 1 and (value := given.pop()) is not None:
-            assert default.strip("`") == value, name
+        if given == {NONE}:
+            assert not default, name
+        elif len(given) == 1 and (value := given.pop()) is not None:
+            assert code(*default) == [value], name
         for bound in ("min", "max"):
             value = getattr(ones[0], bound, None)
             assert value in (None, 2**64 - 1) or number(value) in kind, (name, bound)
 
 
 def default_of(one) -> str | None:
-    """A default as the pages write it; None for what they say in words."""
+    """A default as the pages write it; None for one that they say in words."""
     default, options = getattr(one, "default", None), getattr(one, "options", None)
     if default is None:
-        return options[0].key if options and hasattr(options[0], "key") else "–"
+        return options[0].key if options and hasattr(options[0], "key") else NONE
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, str):
@@ -208,9 +212,9 @@ def test_page_names_every_option(node_id, language):
 def test_page_names_every_output(node_id, language):
     outputs = SCHEMAS[node_id].outputs or ()
     found = rows(section(node_id, language, 1))
-    assert [code(cells[0])[-1] for cells in found] == [one.display_name for one in outputs]
-    for cells in found:
-        assert cells[-1] and (language == "en") != bool(HAN.search(cells[-1])), cells
+    assert [code(cell)[-1] for cell, _ in found] == [one.display_name for one in outputs]
+    for cell, meaning in found:
+        assert meaning and (language == "en") != bool(HAN.search(meaning)), cell
 
 
 @EVERY_PAGE
