@@ -111,6 +111,10 @@ def cmd_import(env: Environment, args: argparse.Namespace, extra: list[str]) -> 
     return run(command, env, cwd=Path.cwd())
 
 
+def cmd_locales(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    return run([env.python, ROOT / "dev.py", "locales", "--in-venv"], env)
+
+
 def cmd_bench(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
     command: list[str | Path] = [env.python, "-u", ROOT / "dev.py", "bench", "--in-venv"]
     command += ["--quick"] if args.quick else []
@@ -219,6 +223,13 @@ def parser() -> argparse.ArgumentParser:
         "make the pictures of the README and the help pages anew, in a real page",
         "Needs a browser.",
     )
+    texts = command(
+        "locales",
+        cmd_locales,
+        "write locales/en from the nodes' names and tooltips",
+        "The Chinese ones are written by hand; a test compares both.",
+    )
+    texts.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
     command("paths", cmd_paths, "print JSON with the python and the comfyui in use")
     return top
 
@@ -245,6 +256,10 @@ def main(argv: list[str] | None = None) -> int:
             importing.check(args.file, args.out)  # before the long set-up
             if args.in_venv:
                 return importing.main(args.file, args.out)
+        if args.command == "locales" and args.in_venv:
+            from devtools import locales
+
+            return locales.main()
         return args.function(set_up(), args, extra)
     except UserError as error:
         say(f"dev.py {args.command}: {error}", file=sys.stderr)

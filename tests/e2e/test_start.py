@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
 
 import pytest
 from comfyui_modelopt.devtools.server import ComfyServer
@@ -51,6 +52,21 @@ def test_nodes_and_tooltips(server):
         inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
         for key, spec in inputs.items():
             assert spec[1].get("tooltip"), f"{name}.{key}"
+
+
+def test_help_pages_and_translations_are_served(server):
+    """Where the page looks for them; it takes an answer of text/html for none."""
+    info, opener = server.object_info(), build_opener(ProxyHandler({}))
+    for name in NODES:
+        pack = info[name]["python_module"].split(".")[1]
+        for path in (f"{name}.md", f"{name}/zh.md"):
+            with opener.open(f"{server.url}/extensions/{pack}/docs/{path}", timeout=60) as answer:
+                assert "text/html" not in answer.headers["Content-Type"]
+                assert answer.read().startswith(b"# "), path
+    texts = server.get("/i18n")
+    for language in ("en", "zh"):
+        assert set(texts[language]["nodeDefs"]) >= NODES
+        assert "ModelOpt" in texts[language]["nodeCategories"]
 
 
 def test_import_time(server):
