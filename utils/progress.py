@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
+# the page takes such a line for HTML: a prompt must not bring pictures and links into it
+BRACKETS = str.maketrans("<>", "‹›")
 # what was told last, and by which node of which prompt
 _headline: tuple[tuple[str, str] | None, str] = (None, "")
 
@@ -57,4 +59,5 @@ def _show(text: str) -> None:
 
     running, server = _running(), getattr(PromptServer, "instance", None)
     if running is not None and server is not None:
+        text = text.translate(BRACKETS)
         server.send_progress_text(text, running[1], server.client_id)

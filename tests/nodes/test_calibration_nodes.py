@@ -56,7 +56,7 @@ def a_calibration(value: float = 1.0) -> Calibration:
 
 
 def saved(prefix: str = "mine") -> Path:
-    return Path(SaveCalibration.execute(a_calibration(), prefix).ui.as_dict()["text"][0])
+    return Path(SaveCalibration.execute(a_calibration(), prefix).ui["text"][0])
 
 
 # --- schemas ---
@@ -104,11 +104,11 @@ def test_settings_are_ksamplers(models):
 
 
 def test_record_finds_the_prompt_in_the_workflow(monkeypatch):
-    seen = {}
+    seen, made = {}, a_calibration()
 
     def record(model, **named):
         seen.update(named, model=model)
-        return {"samples": 1}, "calibration"
+        return {"samples": 1}, made
 
     monkeypatch.setattr(sampling, "record", record)
     workflow = {
@@ -119,14 +119,15 @@ def test_record_finds_the_prompt_in_the_workflow(monkeypatch):
     node = RecordCalibration.PREPARE_CLASS_CLONE({"hidden_inputs": vars(hidden)})
     node.hidden = hidden
     out = node.execute(model="m", seed=3)
-    assert out.result == ({"samples": 1}, "calibration")
+    assert out.result == ({"samples": 1}, made)
+    assert out.ui["text"][0].startswith("Calibration: 1 UNet calls of 1 runs")
     assert seen == {"model": "m", "seed": 3, "prompt": "a fox"}
 
 
 def test_prompts_are_split_by_line(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(sampling, "record_prompts", lambda **named: seen.update(named) or "made")
-    assert CalibrationPrompts.execute(prompts="a\n\n b ", steps=3).result == ("made",)
+    seen, made = {}, a_calibration()
+    monkeypatch.setattr(sampling, "record_prompts", lambda **named: seen.update(named) or made)
+    assert CalibrationPrompts.execute(prompts="a\n\n b ", steps=3).result == (made,)
     assert seen == {"prompts": ["a", "b"], "steps": 3}
 
 
