@@ -119,7 +119,7 @@ def test_a_reload_keeps_the_graph(page, server):
     page.set_widget(quantize, "format.algorithm", "svdquant")
     page.set_widget(quantize, "format.algorithm.rank", 48)
     page.page.mouse.click(800, 12)  # whatever one clicks: the page looks for changes
-    page.settle(2000)
+    page.settle(3000)
     sent = page.prompt()
     page.page.reload()
     page.wait_ready()

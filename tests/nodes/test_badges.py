@@ -59,7 +59,10 @@ def test_other_files(tmp_path):
     (first, _) = of_files.of_file(str(path))
     assert first["text"] == "not quantized" and first["tone"] == badge.WARNING
     assert of_files.made_by(str(path)) == ""
-    for content, said in (({"modelopt": "{"}, "must be JSON"), ({"modelopt": "[]"}, "format_version")):
+    for content, said in (
+        ({"modelopt": "{"}, "must be JSON"),
+        ({"modelopt": "[]"}, "format_version"),
+    ):
         save_file({"a": torch.ones(1)}, path, content)
         with pytest.raises(ValueError, match=said):
             of_files.of_file(str(path))
