@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_modelopt.devtools.browser import template
+from comfyui_modelopt.devtools.browser import CLASSIC, NODES_2, template
 
 pytestmark = pytest.mark.e2e
+RENDERERS = [CLASSIC, NODES_2]
 LINE = "$$node-text-preview"  # the page's own widget of progress
 SMALL = {"width": 64, "height": 64, "steps": 2, "max_records": 4}
 
@@ -113,7 +114,15 @@ def test_cancel_leaves_nothing_and_the_next_run_works(page, server):
     assert len(saved(server)) == len(before) + 1
 
 
-def test_a_reload_keeps_the_graph(page, server):
+@pytest.mark.parametrize("renderer", RENDERERS)
+def test_a_reload_keeps_the_graph(chromium, server, renderer):
+    """In a page of its own: which of many open workflows comes back is the page's business."""
+    with chromium.open(server, renderer=renderer) as page:
+        reload_and_compare(page, server)
+        assert page.problems == []
+
+
+def reload_and_compare(page, server) -> None:
     prompt, quantize = open_small(page, server, "kept over a reload")
     page.set_widget(quantize, "format", "nvfp4")
     page.set_widget(quantize, "format.algorithm", "svdquant")
