@@ -83,18 +83,24 @@ def cmd_precompile(env: Environment, args: argparse.Namespace, extra: list[str])
     return run([env.python, "-c", code], env)
 
 
-def in_venv(env: Environment, module: str) -> int:
-    code = f"from devtools import {module}; import sys; sys.exit({module}.main())"
-    code = f"import sys; sys.path.append({str(ROOT)!r}); {code}"
-    return run([env.python, "-c", code], env, more=setup_browser.environment(env.python))
+def make(env: Environment, module: str, more: Mapping[str, str] | None = None) -> int:
+    """What a module of devtools makes of the tree, in the venv."""
+    code = f"from devtools import {module}; sys.exit({module}.main())"
+    # last on sys.path: `nodes` and `utils` must stay ComfyUI's
+    code = f"import sys; sys.path.append({str(ROOT)!r}); del sys.path[0]; {code}"
+    return run([env.python, "-c", code], env, more=more)
 
 
 def cmd_workflows(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
-    return in_venv(env, "gallery")
+    return make(env, "gallery", setup_browser.environment(env.python))
 
 
 def cmd_pictures(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
-    return in_venv(env, "pictures")
+    return make(env, "pictures", setup_browser.environment(env.python))
+
+
+def cmd_locales(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    return make(env, "locales")
 
 
 def cmd_demo(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
@@ -109,10 +115,6 @@ def cmd_import(env: Environment, args: argparse.Namespace, extra: list[str]) -> 
     command: list[str | Path] = [env.python, ROOT / "dev.py", "import", args.file, "--in-venv"]
     command += ["--out", args.out] if args.out else []
     return run(command, env, cwd=Path.cwd())
-
-
-def cmd_locales(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
-    return run([env.python, ROOT / "dev.py", "locales", "--in-venv"], env)
 
 
 def cmd_bench(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
@@ -223,13 +225,12 @@ def parser() -> argparse.ArgumentParser:
         "make the pictures of the README and the help pages anew, in a real page",
         "Needs a browser.",
     )
-    texts = command(
+    command(
         "locales",
         cmd_locales,
         "write locales/en from the nodes' names and tooltips",
         "The Chinese ones are written by hand; a test compares both.",
     )
-    texts.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
     command("paths", cmd_paths, "print JSON with the python and the comfyui in use")
     return top
 
@@ -256,10 +257,6 @@ def main(argv: list[str] | None = None) -> int:
             importing.check(args.file, args.out)  # before the long set-up
             if args.in_venv:
                 return importing.main(args.file, args.out)
-        if args.command == "locales" and args.in_venv:
-            from devtools import locales
-
-            return locales.main()
         return args.function(set_up(), args, extra)
     except UserError as error:
         say(f"dev.py {args.command}: {error}", file=sys.stderr)

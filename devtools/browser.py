@@ -5,14 +5,17 @@ Runs inside the venv. All calls are synchronous, in one thread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .common import PACK_NAME, UserError
 from .server import ComfyServer
 
 # of a browser that is there already; the one that set-up found or installed is in VARIABLE
@@ -79,7 +82,6 @@ class Page:
         theme: str = "dark",
         locale: str = "en",
         size: tuple[int, int] = (1600, 1000),
-        scale: float = 1,
     ) -> None:
         self.server = server
         self.problems: list[str] = []
@@ -92,9 +94,7 @@ class Page:
             "Comfy.Window.UnloadConfirmation": False,
         }.items():
             server.request(f"/settings/{name}", value)
-        self._context = chromium.new_context(
-            viewport={"width": size[0], "height": size[1]}, device_scale_factor=scale
-        )
+        self._context = chromium.new_context(viewport={"width": size[0], "height": size[1]})
         self.page = self._context.new_page()
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.problems.append(f"uncaught: {error}"))
@@ -209,12 +209,12 @@ class Page:
 
     # --- pictures ---
 
-    def frame(self, nodes: Sequence[int | str] = (), margin: int = 20) -> dict[str, float]:
-        """Moves the canvas so that these nodes (all of none) are in sight at their own size. -> their
-        rectangle on the page."""
+    def frame(self, nodes: Sequence[int | str], margin: int = 20) -> dict[str, float]:
+        """Moves the canvas so that these nodes are in sight at their own size. -> their rectangle on
+        the page."""
         return self.run(
             """([ids, margin]) => {
-              const nodes = app.graph.nodes.filter((n) => !ids.length || ids.includes(n.id));
+              const nodes = app.graph.nodes.filter((n) => ids.includes(n.id));
               const left = Math.min(...nodes.map((n) => n.pos[0]));
               const top = Math.min(...nodes.map((n) => n.pos[1])) - 60;
               const right = Math.max(...nodes.map((n) => n.pos[0] + n.size[0]));
@@ -233,10 +233,25 @@ class Page:
 
     def picture(self, path: Path, clip: dict[str, float] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kind = "jpeg" if path.suffix == ".jpg" else "png"
-        self.page.screenshot(path=path, clip=clip, type=kind)
+        self.page.screenshot(path=path, clip=clip)
 
 
-def template(server: ComfyServer, name: str, module: str = "comfyui-modelopt") -> dict[str, Any]:
+def template(server: ComfyServer, name: str) -> dict[str, Any]:
     """A shipped workflow, as the page gets it."""
-    return json.loads(server.request(f"/api/workflow_templates/{module}/{name}.json"))
+    return json.loads(server.request(f"/api/workflow_templates/{PACK_NAME}/{name}.json"))
+
+
+@contextlib.contextmanager
+def studio(fill: Callable[[ComfyServer], None]) -> Iterator[tuple[ComfyServer, Browser]]:
+    """A server with what `fill` puts into its folders before it starts, and a browser, for pictures.
+
+    Raises UserError where there is no browser. ComfyUI is where COMFYUI_PATH says.
+    """
+    path = find()
+    if path is None:
+        raise UserError(f"this needs a browser: install Chromium, or name one in {VARIABLE}")
+    with tempfile.TemporaryDirectory() as base:
+        server = ComfyServer(os.environ["COMFYUI_PATH"], base)
+        fill(server)
+        with server, Browser(path) as browser:
+            yield server, browser

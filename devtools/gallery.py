@@ -7,13 +7,11 @@ the page's own form beside a picture; and the API's form anew, with every input 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from .browser import Browser, Page, find
-from .common import ROOT, UserError, say
+from .browser import Page, studio
+from .common import ROOT, say
 from .server import ComfyServer
 from .workflows import WORKFLOWS
 
@@ -268,18 +266,11 @@ def thumbnail(page: Page, path: Path) -> None:
 
 def main() -> int:
     """Writes every example workflow and its thumbnail."""
-    browser = find()
-    if browser is None:
-        raise UserError("this needs a browser: install Chromium, or name one in MODELOPT_BROWSER")
-    comfyui = Path(os.environ["COMFYUI_PATH"])
-    with tempfile.TemporaryDirectory() as base:
-        server = ComfyServer(comfyui, base)
-        make_files(server)
-        with server, Browser(browser) as chromium, chromium.open(server, size=WINDOW) as page:
-            for name in names():
-                saved, prompt = make(page, name)
-                write(FOLDER / f"{name}.json", saved)
-                write(WORKFLOWS / f"{name}.json", prompt)
-                thumbnail(page, FOLDER / f"{name}.jpg")
-                say(name)
+    with studio(make_files) as (server, browser), browser.open(server, size=WINDOW) as page:
+        for name in names():
+            saved, prompt = make(page, name)
+            write(FOLDER / f"{name}.json", saved)
+            write(WORKFLOWS / f"{name}.json", prompt)
+            thumbnail(page, FOLDER / f"{name}.jpg")
+            say(name)
     return 0

@@ -6,12 +6,8 @@ the machine that it ran on.
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
-
-from .browser import NODES_2, Browser, Page, find, template
-from .common import ROOT, UserError, say
+from .browser import NODES_2, Page, studio, template
+from .common import ROOT, say
 from .server import ComfyServer
 
 HELP = ROOT / "web" / "docs" / "pictures"
@@ -72,28 +68,23 @@ def quantize(page: Page, server: ComfyServer) -> None:
 
 def main() -> int:
     """Writes web/docs/pictures and assets."""
-    browser = find()
-    if browser is None:
-        raise UserError("this needs a browser: install Chromium, or name one in MODELOPT_BROWSER")
-    comfyui = Path(os.environ["COMFYUI_PATH"])
-    with tempfile.TemporaryDirectory() as base:
-        server = ComfyServer(comfyui, base)
-        make_checkpoint(server.models / "checkpoints" / CHECKPOINT)
-        with server, Browser(browser) as chromium:
-            with chromium.open(server, size=WINDOW) as page:
-                page.run(BARE)
-                nodes(page)
-            with chromium.open(server, size=WINDOW, renderer=NODES_2) as page:
-                page.run(BARE)
-                quantize(page, server)
+    with studio(make_checkpoint) as (server, browser):
+        with browser.open(server, size=WINDOW) as page:
+            page.run(BARE)
+            nodes(page)
+        with browser.open(server, size=WINDOW, renderer=NODES_2) as page:
+            page.run(BARE)
+            quantize(page, server)
     return 0
 
 
-def make_checkpoint(path: Path) -> None:
+def make_checkpoint(server: ComfyServer) -> None:
+    """A small synthetic SD1.5 under the name that the workflow has."""
     from . import inprocess
 
     inprocess.load()
     from . import synthetic
 
+    path = server.models / "checkpoints" / CHECKPOINT
     path.parent.mkdir(parents=True, exist_ok=True)
     synthetic.sd15(path)

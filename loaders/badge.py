@@ -15,32 +15,28 @@ from . import device, stock
 WEIGHTS_ONLY = "weights in few bits, computed in 16: saves memory, not time"
 
 
-def of_file(path: str) -> list[dict[str, str]]:
-    """Chips of a file for Load Quantized UNet: format, layers, size, how it runs here. Reads its
-    header only. Raises ValueError for a damaged file."""
+def of_file(path: str) -> tuple[list[dict[str, str]], str]:
+    """Chips of a file for Load Quantized UNet: format, layers, size, how it runs here; and in a line
+    how it was made, for workflows that name it ("" where its header does not say). Reads the header
+    only. Raises ValueError for a damaged file."""
     size = badge.chip(megabytes(os.path.getsize(path)))
     found = files.read_header(path)
     if found is None:
-        if stock.is_stock(path):
-            why = "quantized elsewhere; stock ComfyUI's operations run it"
-            return [badge.chip("stock form", badge.PLAIN, why), size]
-        why = 'not quantized by this pack: "Load Diffusion Model" opens it'
-        return [badge.chip("not quantized", badge.WARNING, why), size]
+        return [_foreign(path), size], ""
     header, layers = found
     recipe = header["recipe"]
     words = [str(recipe[key]) for key in ("format", "layers") if recipe.get(key)]
-    return [*(badge.chip(word) for word in words), size, *_of_layers(layers)]
-
-
-def made_by(path: str) -> str:
-    """How a file was made, in a line: for workflows that name it. "" where its header does not say.
-    Raises ValueError for a damaged file."""
-    found = files.read_header(path)
-    if found is None:
-        return ""
-    header, _ = found
     source = (header.get("source") or {}).get("name")
-    return (f"{source}: " if source else "") + recipe_line(header["recipe"])
+    made_by = (f"{source}: " if source else "") + recipe_line(recipe)
+    return [*(badge.chip(word) for word in words), size, *_of_layers(layers)], made_by
+
+
+def _foreign(path: str) -> dict[str, str]:
+    if stock.is_stock(path):
+        why = "quantized elsewhere; stock ComfyUI's operations run it"
+        return badge.chip("stock form", badge.PLAIN, why)
+    why = 'not quantized by this pack: "Load Diffusion Model" opens it'
+    return badge.chip("not quantized", badge.WARNING, why)
 
 
 def of_formats(asked: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

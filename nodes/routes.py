@@ -31,8 +31,8 @@ def formats_of(names: list[str], layers: str) -> list[dict[str, str]]:
 def file_of(name: str) -> dict[str, object]:
     """Chips of a file of models/diffusion_models, and how it was made. Raises ValueError in house
     form."""
-    path = folders.find(folders.UNETS, name)
-    return {"chips": badge.of_file(path), "made_by": badge.made_by(path)}
+    chips, made_by = badge.of_file(folders.find(folders.UNETS, name))
+    return {"chips": chips, "made_by": made_by}
 
 
 async def answer(request: web.Request) -> web.Response:

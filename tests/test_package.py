@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from .e2e.test_start import NODES
-from .e2e.workflows import SAMPLING, Graph, conditioning, quantize_inputs
+from .e2e.workflows import Graph, quantize_inputs, recorded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -320,15 +320,9 @@ def test_the_page_gets_its_files(installed, packed):
 @pytest.mark.e2e
 def test_quantize_save_load(installed):
     graph = Graph()
-    loader = graph.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
-    inputs = conditioning(graph, [loader, 1])
-    record = graph.add(
-        "ModelOptRecordCalibration", model=[loader, 0], **SAMPLING, **inputs, max_records=4
-    )
     quantize = graph.add(
         "ModelOptQuantize",
-        model=[loader, 0],
-        calibration=[record, 1],
+        **recorded(graph, 4),
         **quantize_inputs("int8", "linear + conv"),
     )
     graph.add("ModelOptSaveUNet", model=[quantize, 0], filename_prefix="packed")

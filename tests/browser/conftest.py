@@ -12,7 +12,8 @@ from comfyui_modelopt.devtools.server import ComfyServer
 from comfyui_modelopt.formats import files
 from comfyui_modelopt.quantize.recipe import Recipe
 
-RENDERERS = [CLASSIC, NODES_2]
+# each renderer in one of the themes
+RENDERERS = [(CLASSIC, "dark"), (NODES_2, "light")]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,10 @@ def chromium():
         yield started
 
 
-@pytest.fixture(scope="module", params=RENDERERS)
+@pytest.fixture(scope="module", params=RENDERERS, ids=lambda one: one[0])
 def opened(request, chromium, server):
-    with chromium.open(server, renderer=request.param) as page:
+    renderer, theme = request.param
+    with chromium.open(server, renderer=renderer, theme=theme) as page:
         yield page
 
 

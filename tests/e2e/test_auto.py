@@ -7,7 +7,7 @@ import json
 import pytest
 from comfyui_modelopt.devtools.server import PromptRejected
 
-from .workflows import SAMPLING, SKIP, Graph, cancelled_at, conditioning
+from .workflows import SAMPLING, SKIP, Graph, cancelled_at, conditioning, recorded
 
 pytestmark = pytest.mark.e2e
 TIMEOUT = 900
@@ -25,15 +25,9 @@ ALLOWED = {
 
 def auto_graph(save: str, target: dict, **more) -> tuple[Graph, str]:
     graph = Graph()
-    loader = graph.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
-    inputs = conditioning(graph, [loader, 1])
-    record = graph.add(
-        "ModelOptRecordCalibration", model=[loader, 0], **SAMPLING, **inputs, max_records=8
-    )
     node = graph.add(
         "ModelOptAutoQuantize",
-        model=[loader, 0],
-        calibration=[record, 1],
+        **recorded(graph),
         layers="linear + conv",
         skip=SKIP,
         **target,

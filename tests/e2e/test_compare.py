@@ -11,7 +11,7 @@ import pytest
 from comfyui_modelopt.devtools.workflows import load_workflow, node_id, one
 from PIL import Image
 
-from .workflows import SAMPLING, SKIP, Graph, cancelled_at, conditioning, quantize_inputs
+from .workflows import SKIP, Graph, cancelled_at, quantize_inputs, recorded
 
 pytestmark = pytest.mark.e2e
 TIMEOUT = 600
@@ -22,15 +22,9 @@ WHOLE = "whole"  # id of a node that shows the whole text of Model Info
 def unet(server) -> str:
     """The name of a quantized file."""
     graph = Graph()
-    loader = graph.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
-    inputs = conditioning(graph, [loader, 1])
-    record = graph.add(
-        "ModelOptRecordCalibration", model=[loader, 0], **SAMPLING, **inputs, max_records=8
-    )
     made = graph.add(
         "ModelOptQuantize",
-        model=[loader, 0],
-        calibration=[record, 1],
+        **recorded(graph),
         **quantize_inputs("int8", "linear + conv"),
     )
     graph.add("ModelOptSaveUNet", model=[made, 0], filename_prefix="quantized")

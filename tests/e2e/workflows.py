@@ -58,6 +58,20 @@ def conditioning(graph: Graph, clip: list, size: int = 64) -> dict[str, Any]:
     }
 
 
+def recorded(graph: Graph, max_records: int = 8) -> dict[str, list]:
+    """The synthetic checkpoint and a recording of it: inputs model and calibration."""
+    loader = graph.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")
+    inputs = conditioning(graph, [loader, 1])
+    record = graph.add(
+        "ModelOptRecordCalibration",
+        model=[loader, 0],
+        **SAMPLING,
+        **inputs,
+        max_records=max_records,
+    )
+    return {"model": [loader, 0], "calibration": [record, 1]}
+
+
 def quantize_inputs(format_name: str, layers: str, algorithm: str = "max", **more: Any) -> dict:
     inputs = {
         "format": format_name,

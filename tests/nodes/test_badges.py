@@ -47,18 +47,19 @@ def test_every_verdict_but_a_plain_native_has_its_reason():
 def test_a_file_is_told_without_its_tensors(quantized, tmp_path):
     path = tmp_path / "one.safetensors"
     files.write(quantized(Recipe("int8", "max", layers="linear only")).checkpoint, path)
-    texts = [chip["text"] for chip in of_files.of_file(str(path))]
+    chips, made_by = of_files.of_file(str(path))
+    texts = [chip["text"] for chip in chips]
     assert texts[:2] == ["int8", "linear only"] and texts[2].endswith(" MB")
     assert texts[3].startswith("int8: ")
-    assert of_files.made_by(str(path)) == "sd15.safetensors: int8, max, linear only"
+    assert made_by == "sd15.safetensors: int8, max, linear only"
 
 
 def test_other_files(tmp_path):
     path = tmp_path / "plain.safetensors"
     save_file({"a": torch.ones(1)}, path)
-    (first, _) = of_files.of_file(str(path))
+    (first, _), made_by = of_files.of_file(str(path))
     assert first["text"] == "not quantized" and first["tone"] == badge.WARNING
-    assert of_files.made_by(str(path)) == ""
+    assert made_by == ""
     for content, said in (
         ({"modelopt": "{"}, "must be JSON"),
         ({"modelopt": "[]"}, "format_version"),
