@@ -531,7 +531,12 @@ def test_a_quick_run(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_keeps_what_it_has(tmp_path):
-    running = bench(tmp_path, "--family", "sd15", "--only", "layers")
+    # a shell starts what runs in its background deaf to Ctrl-C, and a child would inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        running = bench(tmp_path, "--family", "sd15", "--only", "layers")
+    finally:
+        signal.signal(signal.SIGINT, before)
     for line in running.stdout:
         if "layer 2/" in line:
             break
