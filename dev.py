@@ -126,6 +126,14 @@ def cmd_bench(env: Environment, args: argparse.Namespace, extra: list[str]) -> i
     return run(command, env, cwd=Path.cwd())
 
 
+def cmd_torture(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
+    command: list[str | Path] = [env.python, "-u", ROOT / "dev.py", "torture", "--in-venv"]
+    for name in ("only", "minutes", "share", "seed", "out"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", str(getattr(args, name))]
+    return run(command, env, cwd=Path.cwd())
+
+
 def bench_in_venv(args: argparse.Namespace) -> int:
     from devtools import inprocess
 
@@ -200,6 +208,24 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
     bench.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
 
+    torture = command(
+        "torture",
+        cmd_torture,
+        "damaged files, kills, cancels, faults, soak: what the pack must survive",
+        "Writes nothing outside its own temporary folders, but for --out. Status 1: it found "
+        "something.",
+    )
+    torture.add_argument("--minutes", type=float, metavar="N", help="stop after about N minutes "
+                         "(default: when all cases are done, hours)")  # fmt: skip
+    torture.add_argument("--share", type=float, default=1.0, metavar="S", help="of each campaign's "
+                         "cases, above 0 (default: 1)")  # fmt: skip
+    torture.add_argument("--only", metavar="A,B", help="campaigns, as the modules in "
+                         "devtools/torture are named")  # fmt: skip
+    torture.add_argument("--seed", type=int, default=0, help="of the first case (default: 0)")
+    torture.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON, "
+                         "and as a page beside it")  # fmt: skip
+    torture.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
+
     command("test", cmd_test, "run the test suite", "Further arguments go to pytest.")
     command("check", cmd_check, "ruff, then the fast tests", "Further arguments go to pytest.")
     command(
@@ -257,6 +283,10 @@ def main(argv: list[str] | None = None) -> int:
             importing.check(args.file, args.out)  # before the long set-up
             if args.in_venv:
                 return importing.main(args.file, args.out)
+        if args.command == "torture" and args.in_venv:
+            from devtools.torture.main import main as torture
+
+            return torture(args)
         return args.function(set_up(), args, extra)
     except UserError as error:
         say(f"dev.py {args.command}: {error}", file=sys.stderr)
