@@ -27,11 +27,23 @@ FILES = {
     "checkpoint_name": "modelopt/checkpoints",
 }
 NOTE = (420, 17)  # width of a note, height of its lines, pixels
+# what nodes grow by once they have run, pixels: the report, the bars of the blocks, Compare's chart
+REPORT, BARS, CHART = 320, 110, 600
+ROOM = {
+    "ModelOptAutoQuantize": REPORT + BARS,
+    "ModelOptCompare": REPORT + CHART,
+    "ModelOptImport": REPORT + BARS,
+    "ModelOptLoadUNet": REPORT + BARS,
+    "ModelOptModelInfo": REPORT + BARS,
+    "ModelOptPlan": REPORT,
+    "ModelOptQuantize": REPORT + BARS,
+}
+WIDE = 460  # pixels across of a node with a report
 
 NOTES = {
     "quantize_sd15": """# Quantize SD1.5
 
-1. **Load Checkpoint**: choose your own SD1.5 checkpoint, in 16 or 32 bits.
+1. **Your checkpoint**: choose one of SD1.5, in 16 or 32 bits.
 2. **Calibration from Prompts**: put in prompts as you use them, one a line, and the size that you
 generate at. It samples them once and records what the UNet sees.
 3. **Quantize UNet**: `format` decides size and speed; the coloured word on the node says how your
@@ -41,7 +53,7 @@ GPU runs it. `linear + conv` makes the smallest file, `linear only` one that ope
 Then open the workflow *generate*.""",
     "quantize_sdxl": """# Quantize SDXL
 
-1. **Load Checkpoint**: choose your own SDXL checkpoint, in 16 or 32 bits.
+1. **Your checkpoint**: choose one of SDXL, in 16 or 32 bits.
 2. **Calibration from Prompts**: your prompts, one a line, at 1024 x 1024. Sixteen varied ones are
 there already.
 3. **Quantize UNet**: `format` decides size and speed; the coloured word on the node says how your
@@ -88,14 +100,14 @@ Compares a saved file with the checkpoint that it was made from.
 that the file was *not* calibrated on is the honest test.
 3. **Run**. The chart shows SQNR (signal over quantization noise; higher is better) by timestep and by
 layer, the text names the worst layers and what to do about them, and the two pictures have the same
-seed: drag the slider.""",
+seed: drag the slider (which needs Nodes 2.0: ComfyUI's menu), or look at them side by side.""",
     "compare_formats": """# Which format should I pick?
 
 The same checkpoint in three formats, on the same recording, with pictures of the same seed.
 
 1. Choose your checkpoint; put in your own prompts.
 2. **Run**. Each Compare node tells the SQNR and names the worst layers; drag the sliders to see the
-pictures.
+pictures (they need Nodes 2.0: ComfyUI's menu), or look at them side by side.
 3. The coloured words on the Quantize nodes say what your GPU computes natively: a format that is only
 emulated here saves memory, not time.
 
@@ -163,7 +175,7 @@ BOX = """() => {
   };
 }"""
 # columns from left to right; a column that gets too high goes on in another one
-LAY_OUT = """([depths, note, width, line]) => {
+LAY_OUT = """([depths, note, width, line, room, reporting]) => {
   const GAP = 130, ACROSS = 80, MOST = 1500, columns = [];
   for (const node of app.graph.nodes) {
     const at = depths[node.id];
@@ -175,8 +187,10 @@ LAY_OUT = """([depths, note, width, line]) => {
     for (const node of column) {
       if (y && y + node.size[1] > MOST) { x += wide + ACROSS; y = wide = 0; }
       node.pos = [x, y];
-      y += node.size[1] + GAP;
-      wide = Math.max(wide, node.size[0], 260); // nodes of the other renderer are wider
+      const more = room[node.comfyClass] ?? 0;
+      y += node.size[1] + more + GAP;
+      // nodes of the other renderer are wider
+      wide = Math.max(wide, node.size[0], more ? reporting : 260);
     }
     x += wide + ACROSS;
   }
@@ -198,7 +212,7 @@ def make(page: Page, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     page.load(given)
     width, line = NOTE
     note = "\n".join(_joined(NOTES[name]))
-    page.run(LAY_OUT, [depths(given), note, width, line])
+    page.run(LAY_OUT, [depths(given), note, width, line, ROOM, WIDE])
     page.settle(900)
     prompt = page.prompt()
     for key, node in prompt.items():

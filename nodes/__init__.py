@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
+from ..utils import packages
 from . import routes
 from .auto_quantize import AutoQuantize
 from .benchmark import Benchmark
@@ -21,6 +24,7 @@ from .record_calibration import RecordCalibration
 from .save_calibration import SaveCalibration
 from .save_unet import SaveUNet
 
+log = logging.getLogger(__name__)
 NODES: list[type[io.ComfyNode]] = [
     RecordCalibration,
     CalibrationPrompts,
@@ -43,6 +47,8 @@ NODES: list[type[io.ComfyNode]] = [
 class ModelOptExtension(ComfyExtension):
     async def on_load(self) -> None:
         routes.register()
+        if (missing := packages.why_missing(packages.MODELOPT, "quantizing")) is not None:
+            log.warning("ModelOpt for ComfyUI loads quantized files, but %s", missing)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..quantize import layers as layer_choice
 from ..quantize import mixed
 from ..quantize.candidates import CANDIDATES
+from ..utils import packages
 from .auto_and_load import auto_and_load
 from .shown import shown
 from .types import Calibration
@@ -104,6 +105,8 @@ class AutoQuantize(io.ComfyNode):
     def validate_inputs(cls, skip: str | None = None, target=None) -> bool | str:
         """`skip` is named because ComfyUI reports the answer on an input that it did pass, and leaves
         out a target that the schema does not have."""
+        if (missing := packages.why_missing(packages.MODELOPT, "quantizing")) is not None:
+            return missing
         if target is None:
             return "target must be size, bits, quality or recipe: choose one in the node"
         if isinstance(target, dict) and target.get("target") == "recipe":

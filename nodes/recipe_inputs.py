@@ -8,7 +8,7 @@ from ..formats import FORMATS
 from ..loaders import device
 from ..quantize import layers as layer_choice
 from ..quantize.recipe import ALGORITHMS, OPTIONS, PER_TOKEN, STATIC
-from ..utils import capability
+from ..utils import capability, packages
 from .quantize_and_load import recipe_of
 
 CHOICES = [name for name in FORMATS if name != "fp8_e5m2"]  # an option of fp8
@@ -121,6 +121,8 @@ def recipe_inputs() -> list[io.Input]:
 
 def why_not(format) -> str | None:
     """Why ComfyUI's value of the input `format`, before the run, cannot be quantized to, or None."""
+    if (missing := packages.why_missing(packages.MODELOPT, "quantizing")) is not None:
+        return missing
     if format is None:  # ComfyUI leaves out a format or algorithm that the schema does not have
         return f"format must be one of {', '.join(CHOICES)}: choose one in the node"
     if not isinstance(format, dict):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 
 import torch
+
+from ..utils import packages
 
 
 def build(config: Mapping[str, object], projects: bool = False) -> torch.nn.Module:
     """The UNet on the meta device. projects: its vector is projected as it is (unCLIP's image
     embedding), not SDXL's pooled text and sizes. Raises ValueError where diffusers is missing or
     knows no such."""
-    if importlib.util.find_spec("diffusers") is None:
-        raise ValueError(
-            "exporting needs the package diffusers, it is not installed in ComfyUI's Python: run "
-            '"pip install diffusers" there and restart ComfyUI'
-        )
+    packages.require(packages.DIFFUSERS, "exporting")
     if "channel_mult" not in config:
         raise ValueError(
             "what is exported must be a UNet (SD1.5, SDXL and their kin), this model is none: "

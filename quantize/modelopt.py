@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import logging
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from ..utils import packages
 from . import backend, percentile
 from .recipe import AWQ, AWQ_FULL, MAX, MSE, PERCENTILE, SMOOTHQUANT, LayerPlan
 
@@ -39,12 +39,7 @@ MSE_SEARCH = {"method": "mse", "start_multiplier": 0.5, "stop_multiplier": 1.0, 
 
 def require():
     """The module `modelopt.torch.quantization`. Raises ValueError naming what to install."""
-    if importlib.util.find_spec("modelopt") is None:
-        raise ValueError(
-            "quantizing needs the package nvidia-modelopt, it is not installed in ComfyUI's "
-            'Python: run "pip install nvidia-modelopt" there and restart ComfyUI '
-            "(loading quantized files works without it)"
-        )
+    packages.require(packages.MODELOPT, "quantizing")
     import modelopt.torch.quantization as mtq
 
     return mtq

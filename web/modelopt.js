@@ -1,7 +1,8 @@
 // Shows on the pack's nodes what they report, and before the run how a choice would run here.
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { followWidgets, hasBadge } from "./modelopt_badge.js";
-import { endProgress, showChart, showReport, WIDTH } from "./modelopt_widgets.js";
+import { endProgress, grow, makeRoom, showChart, showReport, WIDTH } from "./modelopt_widgets.js";
 
 const PREFIX = "ModelOpt";
 
@@ -17,17 +18,22 @@ function output(node, message) {
   const text = message?.text;
   if (text?.length) showReport(node, Array.isArray(text) ? text.join("") : String(text));
   if (message?.modelopt_blocks?.length) showChart(node, message.modelopt_blocks);
+  const [picture] = message?.images ?? [];
+  if (picture) makeRoom(node, api.apiURL(`/view?${new URLSearchParams(picture)}`));
 }
 
 /** Room for the title and for lists of several lines, where the node is new. */
 function fit(node) {
-  const texts = (node.widgets ?? []).filter((widget) => widget.type === "customtext");
-  const lines = texts.map((widget) => Math.min(String(widget.value).split("\n").length, 10));
-  const rows = LiteGraph.vueNodesMode ? 5 * (node.widgets ?? []).length : 0; // higher in Nodes 2.0
-  const more = rows + lines.reduce((sum, count) => sum + 30 + 17 * count, 0); // px
-  const [width, height] = node.computeSize();
-  const wide = texts.length ? WIDTH : Math.max(width, 10 * node.title.length + 60);
-  node.setSize([Math.max(node.size[0], wide), Math.max(node.size[1], height + more)]);
+  const lists = (node.widgets ?? []).some((widget) => widget.type === "customtext");
+  grow(node, lists ? WIDTH : 10 * node.title.length + 60);
+}
+
+/** Shows again what a node showed before its workflow's tab was left: the page brings the outputs back
+ * a moment after the nodes. */
+function recall(node, tries = 10) {
+  const found = app.nodeOutputs?.[node.id];
+  if (found) output(node, found);
+  else if (tries && node.graph) setTimeout(recall, 100, node, tries - 1);
 }
 
 app.registerExtension({
@@ -40,6 +46,9 @@ app.registerExtension({
       onExecuted?.apply(this, arguments);
       output(this, message);
     };
+  },
+  loadedGraphNode(node) {
+    if (node.comfyClass?.startsWith(PREFIX)) recall(node);
   },
   nodeCreated(node) {
     const id = node.comfyClass ?? "";

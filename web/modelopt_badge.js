@@ -45,7 +45,7 @@ async function ask(asked) {
 /** The workflow keeps how the file was made, for whoever opens it without the file. */
 function keepMadeBy(node, text) {
   const widget = node.widgets.find((one) => one.name === "made_by");
-  if (widget && text) widget.value = text;
+  if (widget) widget.value = text;
 }
 
 export const hasBadge = (id) => id in ASKED;
@@ -56,6 +56,7 @@ export function followWidgets(node, id) {
   const known = new WeakSet();
   let timer;
   let shown;
+  let opened; // the file that the workflow came with, which need not be there
   const refresh = async () => {
     watch(); // a chosen format brings widgets of its own
     const asked = query(ASKED[id](node));
@@ -63,7 +64,8 @@ export function followWidgets(node, id) {
     shown = asked;
     const found = await ask(asked);
     if (asked !== shown) return;
-    keepMadeBy(node, found.made_by);
+    const file = value(node, "unet_name");
+    if (found.made_by || file !== opened) keepMadeBy(node, found.made_by ?? "");
     showChips(node, found.chips);
   };
   const later = () => {
@@ -85,6 +87,7 @@ export function followWidgets(node, id) {
   const onConfigure = node.onConfigure;
   node.onConfigure = function () {
     onConfigure?.apply(this, arguments);
+    opened = value(node, "unet_name");
     later();
   };
   watch();

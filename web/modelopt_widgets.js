@@ -4,6 +4,8 @@ const LINE = 16;
 const MOST_LINES = 18;
 const CHART = 92;
 const CHIPS = 50; // two rows
+const FOOTER = 30; // the line below a node in Nodes 2.0
+const LEAST_PICTURE = 220; // what `computeSize` counts for the page's own picture
 export const WIDTH = 460;
 
 function element(tag, className, text) {
@@ -13,9 +15,11 @@ function element(tag, className, text) {
   return made;
 }
 
-/** The node's widget of that name around `root`; made on the first call. Never saved or sent. */
+/** A new widget of the node around `root`. Never saved or sent, and not an entry of the side panel,
+ * which would give it the panel's width on the node too. */
 function widget(node, name, root, heights) {
-  const made = node.addDOMWidget(name, "modelopt", root, { serialize: false, ...heights });
+  const options = { serialize: false, hideInPanel: true, ...heights };
+  const made = node.addDOMWidget(name, "modelopt", root, options);
   made.serialize = false;
   return made;
 }
@@ -24,10 +28,35 @@ function existing(node, name) {
   return node.widgets?.find((one) => one.name === name);
 }
 
-function grow(node, width = 0) {
-  const [needed, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], needed, width), Math.max(node.size[1], height)]);
+/** Height that a node's widgets ask for: more than `computeSize` where a list has several lines, and
+ * in Nodes 2.0, whose widgets are higher. */
+function wanted(node) {
+  const widgets = node.widgets ?? [];
+  const lists = widgets.filter((one) => one.type === "customtext");
+  const lines = lists.map((one) => Math.min(String(one.value).split("\n").length, 10));
+  const rows = LiteGraph.vueNodesMode ? 5 * widgets.length + FOOTER : 0;
+  return node.computeSize()[1] + rows + lines.reduce((sum, count) => sum + 30 + 17 * count, 0);
+}
+
+/** At least `width` and what its widgets ask for. */
+export function grow(node, width = 0) {
+  const [needed] = node.computeSize();
+  const across = Math.max(node.size[0], needed, width);
+  node.setSize([across, Math.max(node.size[1], wanted(node))]);
   node.setDirtyCanvas?.(true, true);
+}
+
+/** Room for the picture at `url`, which the page puts on the node: as wide as the node. */
+export function makeRoom(node, url) {
+  const picture = new Image();
+  picture.onload = () => {
+    const [width, height] = node.size;
+    const there = existing(node, "$$canvas-image-preview") ? LEAST_PICTURE : 0;
+    const high = (width * picture.naturalHeight) / picture.naturalWidth;
+    node.setSize([width, Math.max(height, wanted(node) - there + high)]);
+    node.setDirtyCanvas?.(true, true);
+  };
+  picture.src = url;
 }
 
 /** Takes away the line of progress that the page itself put on the node. */
@@ -65,10 +94,14 @@ export function showReport(node, text) {
     const root = element("textarea", "modelopt-report");
     root.readOnly = true;
     root.spellcheck = false;
-    const lines = () => Math.min(root.value.split("\n").length, MOST_LINES);
-    found = widget(node, "modelopt_report", root, { getMinHeight: () => LINE * lines() + 16 });
+    const height = () => LINE * Math.min(root.value.split("\n").length, MOST_LINES) + 16;
+    found = widget(node, "modelopt_report", root, {
+      getMinHeight: height,
+      getMaxHeight: () => (node.imgs?.length ? height() : 100_000), // what is left is the picture's
+    });
   }
   found.element.value = text;
+  found.element.style.setProperty("--modelopt-height", `${found.options.getMinHeight()}px`);
   grow(node, WIDTH);
 }
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
+
+from ...utils import packages
 
 
 def fake_quantized(name: str, weight: torch.Tensor, quantizer) -> torch.Tensor:
@@ -14,11 +14,7 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer) -> torch.Tensor:
     """
     if not quantizer.enabled:
         return weight.float()
-    if importlib.util.find_spec("modelopt") is None:
-        raise ValueError(
-            f"{name} has numerics that only ModelOpt itself can compute, it is not installed in "
-            'ComfyUI\'s Python: run "pip install nvidia-modelopt" there and restart ComfyUI'
-        )
+    packages.require(packages.MODELOPT, f"computing the numerics of {name}")
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     value = weight.float()

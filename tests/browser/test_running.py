@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import pytest
+from comfyui_modelopt.devtools import gallery
 from comfyui_modelopt.devtools.browser import CLASSIC, NODES_2, template
 
 pytestmark = pytest.mark.e2e
 RENDERERS = [CLASSIC, NODES_2]
 LINE = "$$node-text-preview"  # the page's own widget of progress
 SMALL = {"width": 64, "height": 64, "steps": 2, "max_records": 4}
+
+# of the picture that the page puts on a node, in the graph's own units; null where there is none yet
+SHOWN_PICTURE = """(id) => {
+  const node = app.graph.getNodeById(id);
+  const fit = (picture, width, height, scale) => {
+    if (!picture?.naturalWidth) return null;
+    const by = Math.min(width / picture.naturalWidth, height / picture.naturalHeight) / scale;
+    return { width: by * picture.naturalWidth, height: by * picture.naturalHeight };
+  };
+  if (LiteGraph.vueNodesMode) {
+    const picture = document.querySelector(`[data-node-id="${id}"] img`);
+    const { width, height } = picture?.getBoundingClientRect() ?? {};
+    return fit(picture, width, height, app.canvas.ds.scale);
+  }
+  const widget = node.widgets.find((one) => one.name === "$$canvas-image-preview");
+  return widget?.y ? fit(node.imgs?.[0], node.size[0], node.size[1] - widget.y, 1) : null;
+}"""
 
 
 def node_of(page, kind: str) -> int:
@@ -87,6 +105,43 @@ def test_quantize_by_clicks(page, server):
     assert made in page.shown(node_of(page, "ModelOptSaveUNet"), "modelopt_report")
     # what was shown is neither saved with the workflow nor sent again
     assert "modelopt_" not in str(page.workflow()["nodes"])
+
+
+def test_compare_shows_its_report_and_a_chart_that_can_be_read(page, server):
+    page.load(template(server, "compare_formats"))
+    page.run(
+        """() => {
+          const [first] = app.graph.nodes.filter((n) => n.comfyClass === "ModelOptCompare");
+          const kept = ["CheckpointLoaderSimple", "ModelOptCalibrationPrompts"];
+          const quantize = first.getInputNode(first.findInputSlot("quantized"));
+          first.disconnectInput(first.findInputSlot("vae"));
+          for (const node of [...app.graph.nodes])
+            if (node !== first && node !== quantize && !kept.includes(node.comfyClass))
+              app.graph.remove(node);
+        }"""
+    )
+    prompt, compare = (
+        node_of(page, "ModelOptCalibrationPrompts"),
+        node_of(page, "ModelOptCompare"),
+    )
+    before = page.run("(id) => app.graph.getNodeById(id).size[1]", compare)
+    page.set_widget(prompt, "prompts", "a red fox")
+    for name, value in SMALL.items():
+        page.set_widget(prompt, name, value)
+    page.set_widget(node_of(page, "ModelOptQuantize"), "format.algorithm", "max")
+    press_run(page)
+    wait_done(page, compare)
+    assert page.shown(compare, "modelopt_report").startswith("SQNR ")
+    picture = page.run(SHOWN_PICTURE, compare)
+    for _ in range(20):
+        if picture and picture["width"] > 380:
+            break
+        page.settle(500)
+        picture = page.run(SHOWN_PICTURE, compare)
+    assert picture["width"] > 380 and 1.2 < picture["height"] / picture["width"] < 1.3
+    after = page.run("(id) => app.graph.getNodeById(id).size[1]", compare)
+    # what the shipped workflows leave room for
+    assert before + 400 < after <= before + gallery.ROOM["ModelOptCompare"]
 
 
 def test_cancel_leaves_nothing_and_the_next_run_works(page, server):

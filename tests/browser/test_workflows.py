@@ -29,9 +29,14 @@ WRONG = """() => {
   }
   return wrong;
 }"""
-OVERLAPS = """() => {
+# of nodes as they are once they have run
+OVERLAPS = """([room, wide]) => {
   const found = [], nodes = app.graph.nodes, TITLE = 30;
-  const box = (n) => [n.pos[0], n.pos[1] - TITLE, n.pos[0] + n.size[0], n.pos[1] + n.size[1]];
+  const box = (n) => {
+    const more = room[n.comfyClass] ?? 0;
+    const across = Math.max(n.size[0], more ? wide : 0);
+    return [n.pos[0], n.pos[1] - TITLE, n.pos[0] + across, n.pos[1] + n.size[1] + more];
+  };
   for (const [i, one] of nodes.entries())
     for (const other of nodes.slice(i + 1)) {
       const [a, b] = [box(one), box(other)];
@@ -71,7 +76,7 @@ def test_opens_whole(page, server, name):
     page.load(template(server, name))
     page.settle(1200)
     assert page.run(WRONG) == []
-    assert page.run(OVERLAPS) == []
+    assert page.run(OVERLAPS, [gallery.ROOM, gallery.WIDE]) == []
     notes = page.run("() => app.graph.nodes.filter((n) => n.type === 'MarkdownNote').length")
     assert notes == 1
     assert without_titles(page.prompt()) == without_titles(api_twin(name))

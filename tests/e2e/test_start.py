@@ -9,7 +9,8 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
-from comfyui_modelopt.devtools.server import ComfyServer
+from comfyui_modelopt.devtools.server import ComfyServer, PromptRejected
+from comfyui_modelopt.utils import packages
 
 from .workflows import Graph, generate_workflow, quantize_inputs
 
@@ -164,5 +165,9 @@ def test_quantizing_says_what_to_install(without_modelopt):
         "ModelOptQuantize", model=[loader, 0], **quantize_inputs("int8", "linear only")
     )
     graph.add("PreviewAny", source=[made, 1])
-    result = without_modelopt.run(graph.nodes, timeout=600)
-    assert "pip install nvidia-modelopt" in result.error["exception_message"]
+    with pytest.raises(PromptRejected) as refused:  # before anything is recorded
+        without_modelopt.run(graph.nodes, timeout=600)
+    told = refused.value.explain()
+    assert "quantizing needs the package nvidia-modelopt" in told
+    assert f'-m pip install -r "{packages.REQUIREMENTS}"' in told
+    assert "quantizing needs the package" in without_modelopt.log_file.read_text(encoding="utf-8")
