@@ -25,7 +25,8 @@ SIZE = 8  # of the latents that are sampled
 # classes a calibration run samples together: every class is in one run
 TOGETHER = 4
 MAX_RECORDS = 24
-HELD_OUT_RECORDS = 12
+# every class twice
+HELD_OUT_RUNS = 12
 # of seeds: calibration 0, …; neither the held-out calls nor the judged samples share one
 HELD_OUT_SEED, SAMPLES_SEED = 10_000, 20_000
 
@@ -39,6 +40,7 @@ class Extent:
     classifier: int
     recipes: list
     calibration_runs: int = 6
+    held_out_runs: int = HELD_OUT_RUNS
 
 
 def conditioning(labels) -> list:
@@ -124,6 +126,15 @@ def known_rows(earlier: dict[str, Any] | None, result: dict[str, Any]) -> list[d
     ]
 
 
+def is_default(row: dict[str, Any]) -> bool:
+    """Whether a row is of its format's default recipe, as it is now."""
+    from comfyui_modelopt.benchmarks import recipes
+    from comfyui_modelopt.quantize.recipe import Recipe
+
+    own = recipes.identity(Recipe(row["format"], layers=row["layers"]))
+    return own.items() <= row.items()
+
+
 def run(
     path: Path,
     judge,
@@ -142,13 +153,13 @@ def run(
     from comfyui_modelopt.benchmarks.learned.judging import judged
     from comfyui_modelopt.quantize import quality
     from comfyui_modelopt.quantize.bridge import unet as bridge
-    from comfyui_modelopt.quantize.recipe import Recipe
 
     model = comfy.sd.load_diffusion_model(str(path))
     steps = extent.sampling_steps
     with torch.no_grad():
         calibration = record(model, extent.calibration_runs, 0, steps, MAX_RECORDS)
-        held_out = record(model, 2, HELD_OUT_SEED, steps, HELD_OUT_RECORDS, first=3)
+        runs = extent.held_out_runs
+        held_out = record(model, runs, HELD_OUT_SEED, steps, runs * steps, first=3)
         records = list(held_out)
         references = bridge.run_loaded(model, records, lambda: None)
         own = sample(model, judge, extent.samples, steps)
@@ -165,13 +176,22 @@ def run(
             "rows": [],
         }
         result["rows"] = known_rows(earlier, result)
+        for row in result["rows"]:
+            row["default"] = is_default(row)
         for recipe in extent.recipes:
             asked = recipes.identity(recipe).items()
             if any(asked <= row.items() for row in result["rows"]):
                 continue
-            row, quantized = recipes.measure(model, recipe, calibration, records, references)
+            row, quantized, outputs = recipes.measure(
+                model, recipe, calibration, records, references
+            )
+            row["noise"] = [
+                float(f"{quality.Energy.of(*both).noise:.5g}")
+                for both in zip(references, outputs, strict=True)
+            ]
             row |= judged(own, sample(quantized, judge, extent.samples, steps))
-            row["default"] = recipe == Recipe(recipe.format, layers=recipe.layers)
+            row |= {"activations": recipe.activations, "calls_a_run": steps}
+            row["default"] = is_default(row)
             result["rows"].append(row)
             after_each(result)
     return result
@@ -184,7 +204,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--sampling-steps", type=int, default=6)
     parser.add_argument("--slow", action="store_true", help="awq_full too, which is slow")
     parser.add_argument("--quick", action="store_true", help="little of everything: does it run?")
-    parser.add_argument("--keep", action="store_true", help="go on with the rows that --out holds")
+    parser.add_argument("--keep", action="store_true", help="go on with the rows that --out holds; their "
+                        "page is written anew, by the defaults of now")  # fmt: skip
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained files")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality_sd15.json")
     args = parser.parse_args()
@@ -216,7 +237,9 @@ def main() -> int:
     if args.steps is not None:
         settings = dataclasses.replace(settings, steps=args.steps)
     if args.quick:
-        extent = Extent(24, 2, 30, [Recipe("fp8"), Recipe("int8")], calibration_runs=1)
+        extent = Extent(
+            24, 2, 30, [Recipe("fp8"), Recipe("int8")], calibration_runs=1, held_out_runs=2
+        )
     else:
         chosen = recipes.recipes(args.slow, variants=False)
         extent = Extent(args.samples, args.sampling_steps, classifier.STEPS, chosen)
@@ -229,15 +252,18 @@ def main() -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     say(page.HEAD)
 
-    def after_each(result: dict[str, Any]) -> None:
-        say(page.line(result["rows"][-1]))
+    def write(result: dict[str, Any]) -> None:
         result["training"] = dataclasses.asdict(settings)
         text = json.dumps(page.without_infinity(result), indent=1, allow_nan=False)
         args.out.write_text(text + "\n", encoding="utf-8")
         args.out.with_suffix(".md").write_text(page.markdown(result), encoding="utf-8")
 
+    def after_each(result: dict[str, Any]) -> None:
+        say(page.line(result["rows"][-1]))
+        write(result)
+
     earlier = json.loads(args.out.read_text(encoding="utf-8")) if args.keep else None
-    run(path, judge, extent, after_each, earlier)
+    write(run(path, judge, extent, after_each, earlier))
     report(f"Written to {args.out} and {args.out.with_suffix('.md').name}")
     return 0
 

@@ -121,8 +121,10 @@ def identity(recipe) -> dict[str, str]:
     }
 
 
-def measure(model, recipe, calibration, records: list, references: list) -> tuple[dict, Any]:
-    """Quantizes and loads: facts and the quantized MODEL.
+def measure(
+    model, recipe, calibration, records: list, references: list
+) -> tuple[dict[str, Any], Any, list]:
+    """Quantizes and loads: facts, the quantized MODEL and its outputs for `records`.
 
     Facts are SQNR in dB of the loaded UNet's output for `records`, bytes, seconds.
     """
@@ -145,7 +147,7 @@ def measure(model, recipe, calibration, records: list, references: list) -> tupl
         "opens_in_stock": made.checkpoint.opens_in_stock,
         "kernels": sorted({kernel.name for kernel in loader.kernels(quantized).values()}),
     }
-    return row, quantized
+    return row, quantized, outputs
 
 
 def run(path: Path, synthetic: bool, args: argparse.Namespace) -> dict[str, Any]:

@@ -92,8 +92,24 @@ def test_psnr_has_a_range_of_one():
     assert judging.psnr_db(middle, other) == pytest.approx(20, abs=1e-3)
 
 
-def test_page_finds_the_best_recipe_and_the_lost_classes():
-    def row(algorithm, sqnr, readings, **facts):
+def test_gain_is_paired():
+    rng = torch.Generator().manual_seed(0)
+    before = (torch.rand(192, generator=rng) + 0.1) ** 4  # cases differ far more than recipes do
+    after = before * (0.7 + 0.2 * torch.rand(192, generator=rng))
+    found = judging.gain(before.tolist(), after.tolist())
+    assert found["db"] == pytest.approx(10 * math.log10(before.sum() / after.sum()), abs=1e-5)
+    low, high = found["interval"]
+    assert 0.8 < low < found["db"] < high < 1.2
+    # cases drawn together vary less, and sum to the same
+    runs = judging.gain(before.tolist(), after.tolist(), 48)
+    assert runs["db"] == pytest.approx(found["db"])
+    assert judging.gain([1.0, 2.0], [0.5, 1.0])["interval"] == pytest.approx([3.0103] * 2, abs=1e-4)
+    assert judging.gain([1.0, 2.0], [1.0, 2.0]) == {"db": 0.0, "interval": [0.0, 0.0]}
+    assert judging.gain([1.0, 2.0], [0.0, 0.0])["db"] == math.inf
+
+
+def test_page_sets_every_recipe_beside_its_default():
+    def row(algorithm, error, readings, **facts):
         before = torch.ones(len(readings), dtype=torch.bool)
         right = readings.count("1")
         return (
@@ -102,7 +118,12 @@ def test_page_finds_the_best_recipe_and_the_lost_classes():
                 "layers": "linear + conv",
                 "options": "",
                 "algorithm": algorithm,
-                "sqnr_db": sqnr,
+                "errors": [error * (1 + 0.01 * (i % 7)) for i in range(100)],
+                "noise": [error, 2 * error, error, 3 * error],
+                "calls_a_run": 2,
+                "activations": "static",
+                "bytes": 1000,
+                "opens_in_stock": True,
                 "right": right,
                 "readings": readings,
                 "default": False,
@@ -112,15 +133,23 @@ def test_page_finds_the_best_recipe_and_the_lost_classes():
         )
 
     rows = [
-        row("max", 20.0, "1" * 80 + "0" * 20, default=True),
-        row("smoothquant", 25.0, "1" * 99 + "0"),
+        row("max", 1.0, "1" * 80 + "0" * 20, default=True),
+        row("mse", 1.0, "1" * 80 + "0" * 20),
+        row("percentile", 2.0, "1" * 80 + "0" * 20),
+        row("smoothquant", 0.1, "1" * 99 + "0", bytes=1100, opens_in_stock=False),
     ]
-    (found,) = page.defaults(rows)
-    assert found["best"] == found["most_right"] == "smoothquant"
-    assert found["behind_db"] == 5.0
-    assert (found["lost"], found["won"]) == (19, 0)
+    same, worse, best = page.defaults(rows)
+    assert (same["other"], same["verdict"], same["costs"]) == ("mse", "tie", [])
+    assert worse["verdict"] == "worse"
+    assert worse["psnr"]["db"] == pytest.approx(-10 * math.log10(2))
+    assert (best["verdict"], best["lost"], best["won"]) == ("better", 0, 19)
+    assert best["psnr"]["db"] == pytest.approx(10) == best["sqnr"]["db"]
+    assert best["costs"] == ["10 % larger", "not for stock ComfyUI"]
+    assert "at no cost: none. Better at a cost: int8 smoothquant" in "\n".join(
+        page._default_lines(rows)
+    )
     eight = page.eight_bits(rows)
-    assert eight["beyond_noise"] == 1
+    assert eight["beyond_noise"] == 3
     assert eight["largest_loss"] == pytest.approx(0.2)
 
 
@@ -188,7 +217,7 @@ def test_training_learns(trained):
 
 
 def test_quick_run(trained, judge, tmp_path):
-    extent = quality.Extent(24, 2, 120, [Recipe("int8")], calibration_runs=1)
+    extent = quality.Extent(24, 2, 120, [Recipe("int8")], calibration_runs=1, held_out_runs=2)
     results = []
     quality.run(trained, judge, extent, results.append)
     (result,) = results
@@ -199,7 +228,9 @@ def test_quick_run(trained, judge, tmp_path):
     assert row["sqnr_db"] > 15
     assert 15 < row["psnr_db"] < math.inf  # not one that was left as it is
     assert row["right"] - own["right"] == row["won"] - row["lost"]
-    assert len(row["readings"]) == row["samples"] == 24
+    assert len(row["readings"]) == len(row["errors"]) == row["samples"] == 24
+    assert sum(row["errors"]) / 24 == pytest.approx(10 ** (-row["psnr_db"] / 10), rel=1e-3)
+    assert len(row["noise"]) == result["held_out"]["records"] == 4
     result["training"] = dataclasses.asdict(training.QUICK)
     parsed = json.loads(json.dumps(page.without_infinity(result), allow_nan=False))
     assert parsed["reference"]["sqnr_db"] is None
