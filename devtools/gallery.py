@@ -16,7 +16,7 @@ from .server import ComfyServer
 from .workflows import WORKFLOWS
 
 FOLDER = ROOT / "example_workflows"
-WINDOW = (2560, 1600)  # so large that the page draws words when the whole graph is in sight
+WINDOW = (2560, 1600)
 THUMBNAIL = 800  # pixels across
 # combos that name a file -> its folder in models
 FILES = {
@@ -280,11 +280,13 @@ def thumbnail(page: Page, path: Path) -> None:
 
 def main() -> int:
     """Writes every example workflow and its thumbnail."""
-    with studio(make_files) as (server, browser), browser.open(server, size=WINDOW) as page:
-        for name in names():
-            saved, prompt = make(page, name)
-            write(FOLDER / f"{name}.json", saved)
-            write(WORKFLOWS / f"{name}.json", prompt)
-            thumbnail(page, FOLDER / f"{name}.jpg")
-            say(name)
+    with studio(make_files) as (server, browser):
+        server.request("/settings/LiteGraph.Canvas.MinFontSizeForLOD", 0)  # words at any zoom
+        with browser.open(server, size=WINDOW) as page:
+            for name in names():
+                saved, prompt = make(page, name)
+                write(FOLDER / f"{name}.json", saved)
+                write(WORKFLOWS / f"{name}.json", prompt)
+                thumbnail(page, FOLDER / f"{name}.jpg")
+                say(name)
     return 0

@@ -125,6 +125,14 @@ def test_the_badge_tells_a_file_before_it_is_loaded(page, server):
     assert made_by == "sd15.safetensors: fp8, max (activations static), linear + conv"
     page.set_widget(node, "unet_name", "gone.safetensors")
     expect_chips(page, node, ["cannot be read"])
+    assert page.widgets(node)["made_by"] == "", "another file's"
+    saved = page.workflow()
+    (made,) = saved["nodes"]
+    values = ["gone.safetensors", False, made_by]
+    assert [*made["widgets_values"]] == [values[0], False, ""]
+    made["widgets_values"] = values
+    page.load(saved)
+    expect_chips(page, node, ["cannot be read"])
     assert page.widgets(node)["made_by"] == made_by, "kept for whoever has not got the file"
     sent = page.prompt()[str(node)]["inputs"]
     assert sent["made_by"] == made_by and "modelopt_chips" not in json.dumps(sent)

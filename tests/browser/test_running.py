@@ -103,8 +103,33 @@ def test_quantize_by_clicks(page, server):
                   "&& n.widgets.some((w) => w.name === 'modelopt_report'))")  # fmt: skip
     (made,) = saved(server) - before
     assert made in page.shown(node_of(page, "ModelOptSaveUNet"), "modelopt_report")
+    keeps_its_report(page, quantize, report)
     # what was shown is neither saved with the workflow nor sent again
     assert "modelopt_" not in str(page.workflow()["nodes"])
+
+
+def keeps_its_report(page, node: int, report: str) -> None:
+    """With the side panel open, and when its workflow's tab is left and opened again."""
+    page.run("(id) => app.canvas.selectNode(app.graph.getNodeById(id))", node)
+    page.page.get_by_role("button", name="Toggle properties panel").click()
+    page.settle(1500)
+    assert page.page.get_by_text("modelopt_report").count() == 0
+    width, whole = page.run(
+        """(id) => {
+          const node = app.graph.getNodeById(id);
+          const report = node.widgets.find((w) => w.name === "modelopt_report").element;
+          return [report.offsetWidth, node.size[0]];
+        }""",
+        node,
+    )
+    assert width > whole - 60
+    page.page.get_by_role("button", name="Toggle properties panel").click()
+    page.run("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.wait_for("() => app.graph.nodes.length === 0")
+    page.run("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    page.wait_for("(id) => app.graph.getNodeById(id)", node)
+    wait_done(page, node, 20)
+    assert page.shown(node, "modelopt_report") == report
 
 
 def test_compare_shows_its_report_and_a_chart_that_can_be_read(page, server):
