@@ -5,13 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..quantize import prompts as prompt_list
+from ..quantize import words
 from ..quantize.bridge import sampling
 from ..utils.report import calibration_line
-from .sampler_inputs import max_records_input, sampler_inputs, seed_input
+from .sampler_inputs import max_records_input, sampler_inputs, seed_input, told
 from .shown import shown
 from .types import Calibration
-
-SIZE = {"default": 1024, "min": 16, "max": 16384, "step": 8}
 
 
 class CalibrationPrompts(io.ComfyNode):
@@ -36,17 +35,15 @@ class CalibrationPrompts(io.ComfyNode):
                 io.String.Input(
                     "negative",
                     multiline=True,
-                    default="",
-                    tooltip="The negative prompt of all of them.",
+                    **told("negative"),
                 ),
-                io.Int.Input("width", **SIZE, tooltip="In pixels: 1024 for SDXL, 512 for SD1.5."),
-                io.Int.Input("height", **SIZE, tooltip="In pixels: 1024 for SDXL, 512 for SD1.5."),
+                *(
+                    io.Int.Input(name, step=prompt_list.SIZE_STEP, **told(name))
+                    for name in ("width", "height")
+                ),
                 *sampler_inputs(),
-                seed_input("The seed of the first prompt; each next one has one more."),
-                max_records_input(
-                    "UNet calls to keep, evenly over prompts and steps. With fewer than prompts, "
-                    "only so many prompts are sampled."
-                ),
+                seed_input(words.SAMPLING["seed"]),
+                max_records_input(words.SAMPLING["max_records"]),
             ],
             outputs=[
                 Calibration.Output(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..quantize.recipe import recipe_of
 from .planning import plan
-from .quantize_and_load import recipe_of
 from .recipe_inputs import recipe_inputs, why_not
 from .shown import shown
 from .types import Calibration

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..quantize.recipe import recipe_of
 from ..utils import progress
 from .planning import sizes
-from .quantize_and_load import quantize_and_load, recipe_of
+from .quantize_and_load import quantize_and_load
 from .recipe_inputs import recipe_inputs, why_not
 from .shown import shown
 from .types import Calibration

@@ -6,24 +6,8 @@ from ..formats import files
 from ..loaders import info
 from ..loaders import unet as loader
 from ..quantize import engine
-from ..quantize.layers import parse_patterns
-from ..quantize.recipe import Recipe
 from ..utils.report import quantize_report
 from .planning import Sizes
-
-
-def recipe_of(format: dict, layers: str, skip: str) -> Recipe:
-    """The node's inputs as a recipe. Raises ValueError for options that do not go together.
-
-    An option that is not given, or not known yet while ComfyUI validates, is None.
-    """
-    algorithm = {name: value for name, value in format["algorithm"].items() if value is not None}
-    name = format["format"]
-    if format.get("weights") == "e5m2":
-        name = "fp8_e5m2"
-    if format.get("activations") is not None:
-        algorithm["activations"] = format["activations"]
-    return Recipe(name, **algorithm, layers=layers, skip=tuple(parse_patterns(skip)))
 
 
 def quantize_and_load(model, recipe, calibration, planned: Sizes):

@@ -7,58 +7,39 @@ from comfy_api.latest import io
 from ..formats import FORMATS
 from ..loaders import device
 from ..quantize import layers as layer_choice
-from ..quantize.recipe import ALGORITHMS, OPTIONS, PER_TOKEN, STATIC
+from ..quantize import words
+from ..quantize.recipe import (
+    ACTIVATIONS,
+    ALGORITHMS,
+    CHOICES,
+    CONVOLUTIONS,
+    LIMITS,
+    OPTIONS,
+    WEIGHTS,
+    Recipe,
+    recipe_of,
+)
 from ..utils import capability, packages
-from .quantize_and_load import recipe_of
 
-CHOICES = [name for name in FORMATS if name != "fp8_e5m2"]  # an option of fp8
-ALGORITHM_TOOLTIP = {
-    "max": "max: scales from the largest values seen.",
-    "mse": "mse: weight scales of least squared error.",
-    "percentile": "percentile: max, but convolutions clip their activations to what the steps share.",
-    "smoothquant": "smoothquant: moves outliers of the activations into the weights first.",
-    "awq_lite": "awq_lite: searches a scale for every input channel, so that those that matter "
-    "are rounded less.",
-    "awq_full": "awq_full: awq_lite, and a search for where to clip each block. Slow.",
-    "svdquant": "svdquant: awq_lite, and a low-rank branch in 16 bits takes what is hard to round.",
-}
+
+def _told(name: str) -> dict[str, object]:
+    low, high = LIMITS[name]
+    told = {"default": getattr(Recipe, name), "min": low, "max": high}
+    return told | {"tooltip": words.RECIPE[name]}
 
 
 def _options() -> dict[str, io.Input]:
     return {
-        "alpha": io.Float.Input(
-            "alpha",
-            default=0.5,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            tooltip="How much of the activations' outliers moves into the weights: 0 none, 1 all.",
-        ),
+        "alpha": io.Float.Input("alpha", step=0.05, **_told("alpha")),
         "convolutions": io.Combo.Input(
             "convolutions",
-            options=["max", "percentile"],
-            default="max",
+            options=list(CONVOLUTIONS),
+            default=Recipe.convolutions,
             optional=True,
-            tooltip="How the activations of convolutions, which smoothing does not reach, are "
-            "calibrated: to the largest value, or clipped to what the steps share. percentile can "
-            "be better or much worse: compare the report's SQNR.",
+            tooltip=words.RECIPE["convolutions"],
         ),
-        "percentile": io.Float.Input(
-            "percentile",
-            default=1.0,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            tooltip="The share of the sampling steps, from the first one on, whose smallest range "
-            "convolutions are clipped to: lower clips less.",
-        ),
-        "rank": io.Int.Input(
-            "rank",
-            default=32,
-            min=1,
-            max=256,
-            tooltip="Rank of the 16-bit branch: higher is nearer to the original, larger, slower.",
-        ),
+        "percentile": io.Float.Input("percentile", step=0.01, **_told("percentile")),
+        "rank": io.Int.Input("rank", **_told("rank")),
     }
 
 
@@ -72,22 +53,21 @@ def _format_option(name: str) -> io.DynamicCombo.Option:
     algorithm = io.DynamicCombo.Input(
         "algorithm",
         options=[_algorithm_option(a) for a in algorithms],
-        tooltip=" ".join(ALGORITHM_TOOLTIP[a] for a in algorithms),
+        tooltip=" ".join(words.ALGORITHMS[a] for a in algorithms),
     )
     weights = io.Combo.Input(
         "weights",
-        options=["e4m3", "e5m2"],
-        default="e4m3",
+        options=list(WEIGHTS["fp8"]),
+        default=WEIGHTS["fp8"][0],
         optional=True,
-        tooltip="e4m3: more digits, FP8 arithmetic. e5m2: more range, activations stay in 16 bits.",
+        tooltip=words.RECIPE["weights"],
     )
     activations = io.Combo.Input(
         "activations",
-        options=[STATIC, PER_TOKEN],
-        default=STATIC,
+        options=list(ACTIVATIONS["fp8"]),
+        default=Recipe.activations,
         optional=True,
-        tooltip="Linear layers: one calibrated scale, or one for each token while the model runs "
-        "(nearer to the original, a little slower, does not open in stock ComfyUI).",
+        tooltip=words.RECIPE["activations"],
     )
     inputs = [algorithm, weights, activations] if name == "fp8" else [algorithm]
     return io.DynamicCombo.Option(name, inputs)
@@ -105,9 +85,7 @@ def recipe_inputs() -> list[io.Input]:
             "layers",
             options=list(layer_choice.MODES),
             default=layer_choice.LINEAR_AND_CONV,
-            tooltip="linear + conv: the smallest file, opens with this pack only. "
-            "linear only: fp8, int8, mxfp8 and nvfp4 open in stock ComfyUI too (int8 not "
-            "with smoothquant, nvfp4 not with svdquant).",
+            tooltip=words.RECIPE["layers"],
         ),
         io.String.Input(
             "skip",

@@ -5,38 +5,23 @@ from __future__ import annotations
 from comfy.samplers import KSampler
 from comfy_api.latest import io
 
+from ..quantize import words
+from ..quantize.prompts import LIMITS, Sampling
+
+
+def told(name: str) -> dict[str, object]:
+    """Default, limits and tooltip of a setting that `convert.py` has too."""
+    limits = dict(zip(("min", "max"), LIMITS[name], strict=True)) if name in LIMITS else {}
+    return {"default": getattr(Sampling, name), **limits, "tooltip": words.SAMPLING[name]}
+
 
 def sampler_inputs() -> list[io.Input]:
     """Inputs steps, cfg, sampler_name, scheduler."""
     return [
-        io.Int.Input(
-            "steps",
-            default=20,
-            min=1,
-            max=10000,
-            tooltip="Sampling steps. Use as many as you will use later.",
-        ),
-        io.Float.Input(
-            "cfg",
-            default=7.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="How closely to follow the prompt.",
-        ),
-        io.Combo.Input(
-            "sampler_name",
-            options=KSampler.SAMPLERS,
-            default="euler",
-            tooltip="The sampling algorithm.",
-        ),
-        io.Combo.Input(
-            "scheduler",
-            options=KSampler.SCHEDULERS,
-            default="normal",
-            tooltip="How the noise is taken away over the steps.",
-        ),
+        io.Int.Input("steps", **told("steps")),
+        io.Float.Input("cfg", step=0.1, round=0.01, **told("cfg")),
+        io.Combo.Input("sampler_name", options=KSampler.SAMPLERS, **told("sampler_name")),
+        io.Combo.Input("scheduler", options=KSampler.SCHEDULERS, **told("scheduler")),
     ]
 
 
@@ -55,13 +40,10 @@ def seed_input(tooltip: str) -> io.Input:
     """Stays as it is after a run: a new seed would record, and then quantize, all over again."""
     return io.Int.Input(
         "seed",
-        default=0,
-        min=0,
-        max=2**64 - 1,
         control_after_generate=io.ControlAfterGenerate.fixed,
-        tooltip=tooltip,
+        **told("seed") | {"tooltip": tooltip},
     )
 
 
 def max_records_input(tooltip: str) -> io.Input:
-    return io.Int.Input("max_records", default=64, min=1, max=4096, tooltip=tooltip)
+    return io.Int.Input("max_records", **told("max_records") | {"tooltip": tooltip})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 BUILT_IN = (
@@ -23,6 +24,46 @@ BUILT_IN = (
     "minimalist flat vector logo of a mountain, two colors, white background",
     "black and white photograph of a jazz musician playing the saxophone in a smoky club",
 )
+
+
+# setting -> its smallest and its largest value
+LIMITS: dict[str, tuple[float, float]] = {
+    "width": (16, 16384),
+    "height": (16, 16384),
+    "steps": (1, 10000),
+    "cfg": (0.0, 100.0),
+    "seed": (0, 2**64 - 1),
+    "max_records": (1, 4096),
+}
+SIZE_STEP = 8
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How prompts are sampled to calibrate on: `quantize.bridge.sampling.record_prompts` has the same
+    names. Raises ValueError for what ComfyUI could not sample."""
+
+    negative: str = ""
+    width: int = 1024
+    height: int = 1024
+    steps: int = 20
+    cfg: float = 7.0
+    sampler_name: str = "euler"
+    scheduler: str = "normal"
+    seed: int = 0
+    max_records: int = 64
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in LIMITS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {value}: correct it")
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value % SIZE_STEP:
+                raise ValueError(
+                    f"{name} must be a multiple of {SIZE_STEP} pixels, got {value}: correct it"
+                )
 
 
 def split(text: str) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from ..formats import FORMATS, get
 from ..formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC, Layer
-from .layers import DEFAULT_SKIP, LINEAR_AND_CONV
+from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
 AWQ_LITE, AWQ_FULL, SVDQUANT = "awq_lite", "awq_full", "svdquant"
@@ -30,8 +31,15 @@ AWQ = (AWQ_LITE, AWQ_FULL, SVDQUANT)
 # what a format does with activations, where it has the choice: STATIC is its own way, PER_TOKEN is
 # for Linears, SIXTEEN quantizes weights alone
 ACTIVATIONS = {"fp8": (STATIC, PER_TOKEN), "int8": (STATIC, SIXTEEN)}
+# the other kind of weights of fp8, and the format that it is
+WEIGHTS = {"fp8": ("e4m3", "e5m2")}
+# what the nodes offer
+CHOICES = [name for name in FORMATS if name != "fp8_e5m2"]  # an option of fp8
+CONVOLUTIONS = (MAX, PERCENTILE)
 # algorithm -> its own options
 OPTIONS = {SMOOTHQUANT: ("alpha", "convolutions"), PERCENTILE: ("percentile",), SVDQUANT: ("rank",)}
+# option -> its smallest and its largest value
+LIMITS = {"alpha": (0.0, 1.0), "percentile": (0.01, 1.0), "rank": (1, 256)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Recipe:
                 f"algorithm of {self.format} must be one of {', '.join(known)}, "
                 f"got {self.algorithm!r}: choose one of them or another format"
             )
-        if self.convolutions not in (MAX, PERCENTILE):
+        if self.convolutions not in CONVOLUTIONS:
             raise ValueError(
                 f"convolutions must be {MAX} or {PERCENTILE}, got {self.convolutions!r}: correct it"
             )
@@ -80,10 +88,12 @@ class Recipe:
                 f"activations in 16 bits go with {MAX} or {MSE}, got algorithm {self.algorithm!r}: "
                 "choose one of them"
             )
-        for name, low, high in (("alpha", 0, 1), ("percentile", 0.01, 1), ("rank", 1, 256)):
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {value}: correct it")
+                raise ValueError(
+                    f"{name} must be from {low:g} to {high:g}, got {value}: correct it"
+                )
 
     def describe(self) -> dict:
         """JSON-able, for the file header; only what applies."""
@@ -95,6 +105,20 @@ class Recipe:
         if self.format != "fp8" and self.activations == STATIC:
             del facts["activations"]
         return facts
+
+
+def recipe_of(format: Mapping[str, Any], layers: str, skip: str) -> Recipe:
+    """The Quantize node's inputs as a recipe. Raises ValueError for options that do not go together.
+
+    An option that is not given, or not known yet while ComfyUI validates, is None.
+    """
+    algorithm = {name: value for name, value in format["algorithm"].items() if value is not None}
+    name = format["format"]
+    if format.get("weights") == "e5m2":
+        name = "fp8_e5m2"
+    if format.get("activations") is not None:
+        algorithm["activations"] = format["activations"]
+    return Recipe(name, **algorithm, layers=layers, skip=tuple(parse_patterns(skip)))
 
 
 @dataclass(frozen=True)
@@ -127,6 +151,22 @@ class LayerPlan:
     def calibrates(self) -> bool:
         """Whether the layer cannot be quantized without recorded activations."""
         return self.static or self.smooths
+
+
+def may_calibrate(recipe: Recipe) -> bool:
+    """Whether there are models of which it cannot quantize every layer without recorded activations."""
+    kinds = ("linear",) if recipe.layers == LINEAR_ONLY else ("linear", "conv2d")
+    second = FORMATS[recipe.format].SECOND
+    for kind in kinds:
+        activations = recipe.activations if recipe.activations != STATIC else ""
+        if activations == PER_TOKEN and kind != "linear":
+            activations = ""
+        one = LayerPlan(kind, recipe.format, _algorithm(recipe, kind), activations)
+        if one.calibrates or (
+            second and kind != "linear" and LayerPlan(kind, second, MAX).calibrates
+        ):
+            return True
+    return False
 
 
 def plan(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 # the page takes such a line for HTML: a prompt must not bring pictures and links into it
 BRACKETS = str.maketrans("<>", "‹›")
+# called with every line, where no page shows it
+_listener: Callable[[str], None] | None = None
 # what was told last, and by which node of which prompt
 _headline: tuple[tuple[str, str] | None, str] = (None, "")
 
@@ -28,6 +30,12 @@ def progress(total: int) -> Callable[[int], None]:
         bar.update(size)
 
     return step
+
+
+def listen(listener: Callable[[str], None] | None) -> None:
+    """Has `listener` called with each line that `tell` and `detail` say; None ends that."""
+    global _listener
+    _listener = listener
 
 
 def tell(text: str) -> None:
@@ -55,6 +63,8 @@ def _running() -> tuple[str, str] | None:
 
 
 def _show(text: str) -> None:
+    if _listener is not None:
+        _listener(text)
     from server import PromptServer
 
     running, server = _running(), getattr(PromptServer, "instance", None)

@@ -1,0 +1,207 @@
+"""Takes the files one by one: skips, claims, converts, tells. Nothing of one file stops the others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from . import claims, comfyui, identity
+from .options import Order, UsageError, order, parser
+from .reporter import CONVERTED, FAILED, LEFT, SKIPPED, TAKEN, Reporter, Result
+
+# seconds between two looks at what other processes are at
+LOOK = 2.0
+
+
+class Stopped(BaseException):
+    """A signal to end. Not an Exception: nothing on the way may take it for an error of its own."""
+
+
+class Signals:
+    """Ends on SIGINT and SIGTERM, cleanly on the first one, at once on the second."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+
+    def check(self) -> None:
+        """Raises again where a bare `except` on the way swallowed it."""
+        if self.status is not None:
+            raise Stopped
+
+    def _come(self, number: int, _frame) -> None:
+        if self.status is not None:
+            os._exit(128 + number)
+        self.status = 128 + number
+        raise Stopped
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Only the main thread can; elsewhere its owner ends it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {one: signal.signal(one, self._come) for one in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status. argv: without the program's name."""
+    arguments = parser()
+    args = arguments.parse_args(argv)
+    signals = Signals()
+    with signals.caught(), contextlib.redirect_stdout(sys.stderr):  # libraries' chatter
+        try:
+            ordered = order(args)
+            reporter = Reporter(ordered.files, args.progress, args.summary, args.quiet)
+            comfyui.load(args.comfyui, args.device)
+            recordings = prepare(ordered, args, reporter, signals)
+        except UsageError as error:
+            sys.stderr.write(f"convert.py: {error}\n")
+            return 2
+        except Stopped:
+            return signals.status or 1
+        try:
+            run(ordered, recordings, reporter, signals)
+            failed = any(x.status in (FAILED, LEFT) for x in reporter.results.values())
+            status = 1 if failed else 0
+        except Stopped:
+            status = signals.status or 1
+        found = reporter.finish(status)
+    if args.json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        sys.stdout.flush()
+    return status
+
+
+def prepare(ordered: Order, args, reporter: Reporter, signals: Signals):
+    """What all files need: a folder, what is followed while they are made, the recordings of
+    --calibration or None. Raises UsageError."""
+    from ..loaders import device
+    from ..quantize import calibration, modelopt
+    from ..quantize.mixed import Mixed
+    from ..utils import capability, progress
+    from . import models
+
+    def step(text: str) -> None:
+        signals.check()
+        reporter.step(text)
+
+    def count(done: int, total: int) -> None:
+        signals.check()
+        reporter.count(done, total)
+
+    progress.listen(step)
+    models.follow(count)
+    recipes = ordered.recipe.choices if isinstance(ordered.recipe, Mixed) else (ordered.recipe,)
+    for one in recipes:
+        found = capability.support(one.format, "linear", device.current(kinds=()))
+        if found.level == capability.REFUSED:
+            raise UsageError(f"{found.why}: choose another format")
+    if ordered.prompts:
+        models.check_sampler(ordered.sampling.sampler_name, ordered.sampling.scheduler)
+    try:
+        modelopt.require()
+        for folder in {ordered.out, *(x.parent for x in (args.progress, args.summary) if x)}:
+            folder.mkdir(parents=True, exist_ok=True)
+        return calibration.load(ordered.recordings) if ordered.recordings else None
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def run(ordered: Order, recordings, reporter: Reporter, signals: Signals) -> None:
+    """Every file once; with `wait`, those that others are at again and again until they are there."""
+    from . import models
+
+    todo = list(ordered.files)
+    while todo:
+        taken = []
+        for number, file in enumerate(todo):
+            signals.check()
+            reporter.begin(file)
+            result = attempt(file, ordered, recordings)
+            if result.status == TAKEN and ordered.wait:
+                taken.append(file)
+                continue
+            reporter.end(file, result)
+            if result.status == FAILED and (why := models.lost_device()):
+                for left in [*taken, *todo[number + 1 :]]:
+                    reporter.end(left, Result(str(left), LEFT, str(ordered.output(left)), why))
+                return
+        if len(taken) == len(todo):
+            time.sleep(LOOK)
+        todo = taken
+
+
+def attempt(file: Path, ordered: Order, recordings) -> Result:
+    """What became of it; raises nothing but Stopped."""
+    from ..utils.files import NameTaken
+    from . import models, work
+
+    output = ordered.output(file)
+    started, loaded = time.monotonic(), False
+
+    def result(status: str, **facts) -> Result:
+        seconds = round(time.monotonic() - started, 2)
+        return Result(str(file), status, str(output), seconds=seconds, **facts)
+
+    def skipped(header: dict) -> Result:
+        quality = header.get("quality") or {}
+        return result(SKIPPED, bytes_after=output.stat().st_size, sqnr_db=quality.get("sqnr_db"))
+
+    try:
+        if owner := claims.holder(output, ordered.patience):
+            return result(TAKEN, error=str(owner))
+        made_of = identity.of(file, ordered)
+        if (header := identity.there(output, made_of)) and not claims.litter(output):
+            return skipped(header)
+        claim = claims.take(output, ordered.patience)
+        if isinstance(claim, claims.Owner):
+            return result(TAKEN, error=str(claim))
+        with claim:
+            work.clear(output)
+            if header := identity.there(output, made_of):
+                return skipped(header)
+            loaded = True
+            try:
+                figures = work.convert(file, output, made_of, ordered, recordings)
+            except NameTaken:  # by a process that was taken for dead
+                header = identity.there(output, made_of)
+                return skipped(header)
+            work.clear(output)
+            return result(
+                CONVERTED,
+                bytes_before=figures["bytes_before"],
+                bytes_after=figures["file_bytes"],
+                sqnr_db=figures.get("sqnr_db"),
+            )
+    except Exception as error:
+        text = told(error)  # the error itself would keep the tensors of its frames
+    finally:
+        if loaded:
+            models.free()
+    return result(FAILED, error=text)
+
+
+def told(error: Exception) -> str:
+    """An error in words; of one that no rule foresaw, the place goes to the log."""
+    from . import models
+
+    if models.is_out_of_memory(error):
+        return f"out of memory: {error}"
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    logging.getLogger(__name__).error("%s", "".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,120 @@
+"""The part of the conversion that knows ComfyUI: checkpoint and LoRAs as the loader nodes load them,
+its progress bars, and what it holds in memory."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.samplers import KSampler
+from safetensors import SafetensorError, safe_open
+
+from .options import Lora, UsageError
+
+
+def check_sampler(sampler_name: str, scheduler: str) -> None:
+    """Raises UsageError for one that this ComfyUI has not."""
+    for flag, value, known in (
+        ("--sampler-name", sampler_name, KSampler.SAMPLERS),
+        ("--scheduler", scheduler, KSampler.SCHEDULERS),
+    ):
+        if value not in known:
+            raise UsageError(f"{flag} must be one of {', '.join(known)}, got {value!r}: correct it")
+
+
+def load(file: Path, with_clip: bool):
+    """MODEL and CLIP as Load Checkpoint gives them, of a file of a diffusion model the MODEL alone.
+    CLIP is None where it is not asked for or not there. Raises ValueError."""
+    try:
+        if file.suffix.lower() in (".safetensors", ".sft"):
+            with safe_open(file, framework="pt"):  # its errors, before ComfyUI's reading of them
+                pass
+        model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+            str(file),
+            output_vae=False,
+            output_clip=with_clip,
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        )
+    except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(file, error) from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" in str(error):
+            raise _damaged(file, error) from error
+        if "Could not detect model type" not in str(error):
+            raise
+        raise ValueError(
+            f"a checkpoint must hold a diffusion model that ComfyUI knows, {file} does not: name "
+            "an SDXL or SD1.5 checkpoint"
+        ) from error
+    if with_clip and clip is None:
+        raise ValueError(
+            f"prompts need a text encoder, {file} has none: record a model of its kind in ComfyUI "
+            "and give that with --calibration"
+        )
+    return model, clip
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"a checkpoint must be a whole file of weights, {file} is not "
+        f"({' '.join(str(error).split())}): it is damaged or incomplete, get it again"
+    )
+
+
+def with_loras(model, clip, loras: Sequence[Lora]):
+    """MODEL and CLIP as Load LoRA gives them. Raises ValueError for one that changes nothing."""
+    for lora in loras:
+        tensors, metadata = comfy.utils.load_torch_file(
+            str(lora.path), safe_load=True, return_metadata=True
+        )
+        before = _patches(model)
+        changed, clip = comfy.sd.load_lora_for_models(
+            model, clip, tensors, lora.strength, lora.strength, lora_metadata=metadata
+        )
+        if _patches(changed) == before:
+            raise ValueError(
+                f"a LoRA must change layers of the checkpoint, {lora.path} changes none: it is for "
+                "another kind of model, leave it out"
+            )
+        model = changed
+    return model, clip
+
+
+def _patches(model) -> int:
+    return sum(map(len, model.patches.values()))
+
+
+def follow(told: Callable[[int, int], None]) -> None:
+    """Has ComfyUI's progress bars call `told` with done and total, and print nothing themselves."""
+    comfy.utils.set_progress_bar_enabled(False)
+    comfy.utils.set_progress_bar_global_hook(
+        lambda done, total, preview=None, node_id=None: told(done, total)
+    )
+
+
+def free() -> None:
+    """Gives back all that ComfyUI holds of models."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
+
+
+def lost_device() -> str | None:
+    """Why the device computes nothing any more, or None: after some errors only a new process helps."""
+    device = comfy.model_management.get_torch_device()
+    try:
+        torch.ones(1, device=device).add(1).item()
+    except RuntimeError as error:
+        return f"{device} no longer answers ({str(error).splitlines()[0]})"
+    return None

@@ -1,0 +1,96 @@
+"""One checkpoint -> one file: load, record, quantize, measure and save, as the nodes do it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..formats import files
+from ..loaders import unet as loader
+from ..nodes.planning import sizes
+from ..nodes.quantize_and_load import quantize_and_load
+from ..quantize import calibration as calibration_file
+from ..quantize.bridge import sampling
+from ..quantize.calibration import Calibration
+from ..utils.progress import detail, progress, tell
+from . import identity, models
+from .options import Order
+
+log = logging.getLogger(__name__)
+
+
+def convert(
+    file: Path,
+    output: Path,
+    made_of: Mapping[str, Any],
+    order: Order,
+    recordings: Calibration | None,
+) -> dict[str, Any]:
+    """Writes `output`, which must not be there. Figures of it: bytes_before, file_bytes, sqnr_db where
+    there are recorded calls.
+
+    made_of: `identity.of` the file, which goes into its header. Raises as the nodes do.
+    """
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        tell("Loading")
+        kept = kept_recording(output, made_of)
+        recordings = recordings or _read(kept)
+        samples = bool(order.prompts) and recordings is None
+        model, clip = models.load(file, with_clip=samples)
+        model, clip = models.with_loras(model, clip, order.loras)
+        if samples:
+            tell("Sampling the prompts")
+            recordings = sampling.record_prompts(
+                model, clip, order.prompts, **asdict(order.sampling)
+            )
+            calibration_file.save(recordings, kept)
+        clip = None
+        tell("Quantizing")
+        planned = sizes(model, order.recipe, recordings)
+        quantized, _, figures = quantize_and_load(model, order.recipe, recordings, planned)
+        checkpoint = loader.to_checkpoint(quantized)
+        checkpoint.header[identity.HEADER] = {
+            name: part for name, part in made_of.items() if name != "source"
+        }
+        detail("Saving")
+        files.write(checkpoint, output, progress(checkpoint.nbytes()))
+    return figures | {"file_bytes": output.stat().st_size}
+
+
+def kept_recording(output: Path, made_of: Mapping[str, Any]) -> Path:
+    """Where the recording of sampled prompts lies until the file is there, so that it need not be made
+    again after an interruption."""
+    return output.with_name(f".{output.name}.{identity.recording(made_of)}.calibration")
+
+
+def clear(output: Path) -> None:
+    """Removes what interrupted processes left beside a file: half of one, and recordings. For the one
+    that has the claim."""
+    left = [x for x in _beside(output) if x.name.endswith(".partial")]
+    if output.exists():
+        left += [x for x in _beside(output) if x.name.endswith(".calibration")]
+    for path in left:
+        path.unlink(missing_ok=True)
+
+
+def _beside(output: Path) -> list[Path]:
+    start = f".{output.name}."
+    return [path for path in output.parent.iterdir() if path.name.startswith(start)]
+
+
+def _read(kept: Path) -> Calibration | None:
+    if not kept.exists():
+        return None
+    try:
+        found = calibration_file.load(kept)
+    except ValueError as error:
+        log.warning("ModelOpt: recording the prompts again: %s", error)
+        kept.unlink(missing_ok=True)
+        return None
+    log.info("ModelOpt: continuing with the recording of an interrupted process, %s", kept)
+    return found
