@@ -99,7 +99,8 @@ def _read(path: Path) -> Owner:
         return unknown
     kinds = (str, str, int, str, float, str)
     whole = all(type(x) is kind for x, kind in zip(astuple(found), kinds, strict=True))
-    return found if whole and re.fullmatch("[0-9a-f]{16}", found.token) else unknown
+    usable = whole and 0 < found.pid < 2**31 and re.fullmatch("[0-9a-f]{16}", found.token)
+    return found if usable else unknown
 
 
 def _chain(output: Path) -> list[tuple[Path, Owner]]:
@@ -118,15 +119,21 @@ def _chain(output: Path) -> list[tuple[Path, Owner]]:
             continue  # given up just now: look again
 
 
-def _dead(path: Path, owner: Owner, clock: Path, patience: float) -> bool:
-    """clock: a file written just now, beside the claim: the file system's own time, which may not
-    be this machine's."""
+def _dead(path: Path, owner: Owner, output: Path, patience: float) -> bool:
     started = born(owner.pid) if owner.place == place() else ""
     if started is None or (started and started != owner.born):
         return True
-    if started:
-        return False
-    return clock.stat().st_mtime - path.stat().st_mtime > patience
+    return not started and _now(output) - path.stat().st_mtime > patience
+
+
+def _now(output: Path) -> float:
+    """The file system's own time, which may not be this machine's."""
+    clock = output.with_name(f"{_paths(output)[1]}new-{secrets.token_hex(8)}")
+    try:
+        clock.write_text("", encoding="utf-8")
+        return clock.stat().st_mtime
+    finally:
+        clock.unlink(missing_ok=True)
 
 
 class Claim:
@@ -175,18 +182,12 @@ def litter(output: Path) -> list[Path]:
 
 
 def holder(output: Path, patience: float = PATIENCE) -> Owner | None:
-    """Who is at a file, if anyone lives that is. Writes nothing but a file to read the time from."""
+    """Who is at a file, if anyone is that lives."""
     chain = _chain(output)
-    if not chain:
-        return None
-    clock = output.with_name(f"{_paths(output)[1]}new-{secrets.token_hex(8)}")
     try:
-        clock.write_text("", encoding="utf-8")
-        return None if _dead(*chain[-1], clock, patience) else chain[-1][1]
+        return None if not chain or _dead(*chain[-1], output, patience) else chain[-1][1]
     except FileNotFoundError:  # given up just now
         return None
-    finally:
-        clock.unlink(missing_ok=True)
 
 
 def take(output: Path, patience: float = PATIENCE) -> Claim | Owner:
@@ -204,7 +205,7 @@ def take(output: Path, patience: float = PATIENCE) -> Claim | Owner:
         new.write_text(json.dumps(asdict(owner)), encoding="utf-8")
         try:
             chain = _chain(output)
-            if chain and not _dead(*chain[-1], new, patience):
+            if chain and not _dead(*chain[-1], output, patience):
                 return chain[-1][1]
             path = output.with_name(start + chain[-1][1].token) if chain else root
             if not _made(new, path):

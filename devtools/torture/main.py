@@ -15,7 +15,7 @@ from ..common import ROOT, say
 from .outcome import Effort, Row
 
 # modules of this package, in the order in which they run
-CAMPAIGNS: tuple[str, ...] = ()
+CAMPAIGNS: tuple[str, ...] = ("conversions",)
 RESULTS = ROOT / "benchmarks" / "results" / "torture.json"
 
 
