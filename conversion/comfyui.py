@@ -43,7 +43,8 @@ def load(named: Path | None, device: str | None) -> None:
     Raises UsageError."""
     folder = find(named)
     choose(device)
-    sys.path.insert(0, str(folder))  # first: `nodes` and `utils` are ComfyUI's own names
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))  # first: `nodes` and `utils` are ComfyUI's own names
     try:
         import torch
         from comfy.cli_args import args

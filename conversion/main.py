@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -13,10 +14,14 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import claims, comfyui, identity
-from .options import Order, UsageError, order, parser
+from .options import Order, UsageError, order, parser, recipes
 from .reporter import CONVERTED, FAILED, LEFT, SKIPPED, TAKEN, Reporter, Result
+
+if TYPE_CHECKING:
+    from ..quantize.calibration import Calibration
 
 # seconds between two looks at what other processes are at
 LOOK = 2.0
@@ -59,40 +64,61 @@ class Signals:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status. argv: without the program's name."""
-    arguments = parser()
-    args = arguments.parse_args(argv)
+    args = parser().parse_intermixed_args(argv)  # flags may stand between files
     signals = Signals()
     with signals.caught(), contextlib.redirect_stdout(sys.stderr):  # libraries' chatter
         try:
             ordered = order(args)
             reporter = Reporter(ordered.files, args.progress, args.summary, args.quiet)
             comfyui.load(args.comfyui, args.device)
-            recordings = prepare(ordered, args, reporter, signals)
+            recordings = prepare(ordered, args)
         except UsageError as error:
             sys.stderr.write(f"convert.py: {error}\n")
             return 2
         except Stopped:
             return signals.status or 1
         try:
-            run(ordered, recordings, reporter, signals)
+            with told_to(reporter, signals):
+                run(ordered, recordings, reporter, signals)
             failed = any(x.status in (FAILED, LEFT) for x in reporter.results.values())
             status = 1 if failed else 0
         except Stopped:
             status = signals.status or 1
-        found = reporter.finish(status)
+    found = reporter.finish(status)
     if args.json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         sys.stdout.flush()
     return status
 
 
-def prepare(ordered: Order, args, reporter: Reporter, signals: Signals):
-    """What all files need: a folder, what is followed while they are made, the recordings of
-    --calibration or None. Raises UsageError."""
+def prepare(ordered: Order, args: argparse.Namespace) -> Calibration | None:
+    """What all files need: folders, ModelOpt, the recordings of --calibration. Raises UsageError for
+    what no file could be made with."""
     from ..loaders import device
     from ..quantize import calibration, modelopt
-    from ..quantize.mixed import Mixed
-    from ..utils import capability, progress
+    from ..utils import capability
+    from . import models
+
+    for one in recipes(ordered.recipe):
+        found = capability.support(one.format, "linear", device.current(kinds=()))
+        if found.level == capability.REFUSED:
+            raise UsageError(f"{found.why}: choose another format")
+    if ordered.prompts:
+        models.check_sampler(ordered.sampling.sampler_name, ordered.sampling.scheduler)
+    try:
+        modelopt.require()
+        recordings = calibration.load(ordered.recordings) if ordered.recordings else None
+        for folder in {ordered.out, *(x.parent for x in (args.progress, args.summary) if x)}:
+            folder.mkdir(parents=True, exist_ok=True)
+        return recordings
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def told_to(reporter: Reporter, signals: Signals) -> Iterator[None]:
+    """What the pack and ComfyUI say of their progress goes there."""
+    from ..utils import progress
     from . import models
 
     def step(text: str) -> None:
@@ -103,25 +129,13 @@ def prepare(ordered: Order, args, reporter: Reporter, signals: Signals):
         signals.check()
         reporter.count(done, total)
 
-    progress.listen(step)
-    models.follow(count)
-    recipes = ordered.recipe.choices if isinstance(ordered.recipe, Mixed) else (ordered.recipe,)
-    for one in recipes:
-        found = capability.support(one.format, "linear", device.current(kinds=()))
-        if found.level == capability.REFUSED:
-            raise UsageError(f"{found.why}: choose another format")
-    if ordered.prompts:
-        models.check_sampler(ordered.sampling.sampler_name, ordered.sampling.scheduler)
-    try:
-        modelopt.require()
-        for folder in {ordered.out, *(x.parent for x in (args.progress, args.summary) if x)}:
-            folder.mkdir(parents=True, exist_ok=True)
-        return calibration.load(ordered.recordings) if ordered.recordings else None
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
+    with progress.listening(step), models.followed(count):
+        yield
 
 
-def run(ordered: Order, recordings, reporter: Reporter, signals: Signals) -> None:
+def run(
+    ordered: Order, recordings: Calibration | None, reporter: Reporter, signals: Signals
+) -> None:
     """Every file once; with `wait`, those that others are at again and again until they are there."""
     from . import models
 
@@ -145,7 +159,7 @@ def run(ordered: Order, recordings, reporter: Reporter, signals: Signals) -> Non
         todo = taken
 
 
-def attempt(file: Path, ordered: Order, recordings) -> Result:
+def attempt(file: Path, ordered: Order, recordings: Calibration | None) -> Result:
     """What became of it; raises nothing but Stopped."""
     from ..utils.files import NameTaken
     from . import models, work

@@ -3,9 +3,10 @@ its progress bars, and what it holds in memory."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -91,12 +92,19 @@ def _patches(model) -> int:
     return sum(map(len, model.patches.values()))
 
 
-def follow(told: Callable[[int, int], None]) -> None:
-    """Has ComfyUI's progress bars call `told` with done and total, and print nothing themselves."""
+@contextlib.contextmanager
+def followed(told: Callable[[int, int], None]) -> Iterator[None]:
+    """ComfyUI's progress bars call `told` with done and total, and print nothing themselves."""
+    shown, hook = comfy.utils.PROGRESS_BAR_ENABLED, comfy.utils.PROGRESS_BAR_HOOK
     comfy.utils.set_progress_bar_enabled(False)
     comfy.utils.set_progress_bar_global_hook(
         lambda done, total, preview=None, node_id=None: told(done, total)
     )
+    try:
+        yield
+    finally:
+        comfy.utils.set_progress_bar_enabled(shown)
+        comfy.utils.set_progress_bar_global_hook(hook)
 
 
 def free() -> None:

@@ -57,6 +57,7 @@ class Reporter:
         self.started = time.time()
         self._current: dict[str, Any] | None = None
         self._written = 0.0
+        self._refused: set[Path] = set()
         self._line = 0  # letters of the line that is written over
 
     def say(self, text: str, always: bool = False) -> None:
@@ -92,8 +93,7 @@ class Reporter:
         number = f"[{len(self.results)}/{len(self.files)}]"
         self.say(f"{number} {words(result)}", always=result.status == FAILED)
         self._write_progress(at_once=True)
-        if self.summary is not None:
-            write(self.summary, self.outcome())
+        self._keep(self.summary, self.outcome())
 
     def outcome(self, status: int | None = None) -> dict[str, Any]:
         """The summary, JSON-able. status: the exit status, None while it runs."""
@@ -111,12 +111,21 @@ class Reporter:
         """The last words; the summary."""
         self._current = None
         found = self.outcome(status)
-        if self.summary is not None:
-            write(self.summary, found)
+        self._keep(self.summary, found)
         self._write_progress(at_once=True)
         counts = ", ".join(f"{count} {what}" for what, count in found["counts"].items())
         self.say(f"{counts} in {found['seconds']:.0f} s")
         return found
+
+    def _keep(self, path: Path | None, value: Any) -> None:
+        """Writes a file that is for others: where it cannot be written, the work goes on."""
+        if path is None or path in self._refused:
+            return
+        try:
+            write(path, value)
+        except OSError as error:
+            self._refused.add(path)
+            self.say(f"{path} is no longer kept, it cannot be written: {error}", always=True)
 
     def _write_progress(self, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -132,7 +141,7 @@ class Reporter:
             "counts": dict(done),
             "current": self._current,
         }
-        write(self.progress, facts)
+        self._keep(self.progress, facts)
 
     def _show(self) -> None:
         if self.quiet or not self.stream.isatty():

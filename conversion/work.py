@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -69,18 +70,14 @@ def kept_recording(output: Path, made_of: Mapping[str, Any]) -> Path:
 
 
 def clear(output: Path) -> None:
-    """Removes what interrupted processes left beside a file: half of one, and recordings. For the one
-    that has the claim."""
-    left = [x for x in _beside(output) if x.name.endswith(".partial")]
+    """Removes what interrupted processes left beside a file: half of one; once it is there, recordings.
+    For the one that has the claim."""
+    endings = ["[0-9a-f]{8}[.]partial"]  # utils.files.whole_file
     if output.exists():
-        left += [x for x in _beside(output) if x.name.endswith(".calibration")]
-    for path in left:
+        endings.append("[0-9a-f]{16}[.]calibration([.].+)?")
+    left = re.compile(rf"[.]{re.escape(output.name)}[.]({'|'.join(endings)})")
+    for path in [path for path in output.parent.iterdir() if left.fullmatch(path.name)]:
         path.unlink(missing_ok=True)
-
-
-def _beside(output: Path) -> list[Path]:
-    start = f".{output.name}."
-    return [path for path in output.parent.iterdir() if path.name.startswith(start)]
 
 
 def _read(kept: Path) -> Calibration | None:

@@ -15,7 +15,7 @@ from comfyui_modelopt.conversion import claims
 from comfyui_modelopt.devtools.torture import conversions
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNT = 4
+COUNT = 3
 
 
 def test_its_help_needs_no_comfyui(tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 # the page takes such a line for HTML: a prompt must not bring pictures and links into it
@@ -32,10 +33,15 @@ def progress(total: int) -> Callable[[int], None]:
     return step
 
 
-def listen(listener: Callable[[str], None] | None) -> None:
-    """Has `listener` called with each line that `tell` and `detail` say; None ends that."""
+@contextlib.contextmanager
+def listening(listener: Callable[[str], None]) -> Iterator[None]:
+    """`listener` is called with each line that `tell` and `detail` say."""
     global _listener
     _listener = listener
+    try:
+        yield
+    finally:
+        _listener = None
 
 
 def tell(text: str) -> None:

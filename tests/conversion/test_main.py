@@ -1,0 +1,350 @@
+"""Files converted in this process: what they are, when they are skipped, and what stops one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_modelopt.conversion import claims, identity, models, work
+from comfyui_modelopt.conversion.main import main
+from comfyui_modelopt.formats import files
+from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.nodes.planning import sizes
+from comfyui_modelopt.nodes.quantize_and_load import quantize_and_load
+from comfyui_modelopt.quantize import calibration as calibration_file
+from comfyui_modelopt.quantize.recipe import Recipe
+from safetensors.torch import load_file
+
+# few layers, for speed
+SKIP = ("input_blocks.*", "output_blocks.*", "out.2", "time_embed.*", "*.emb_layers.*")
+FLAGS = ["--format", "int8", *(x for pattern in SKIP for x in ("--skip", pattern))]
+NAME = "sd15_int8-max.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(checkpoints) -> Path:
+    return checkpoints / "sd15.safetensors"
+
+
+@pytest.fixture(scope="module")
+def recording(calibration, tmp_path_factory) -> Path:
+    return calibration_file.save(
+        calibration, tmp_path_factory.mktemp("recording") / "recording.safetensors"
+    )
+
+
+@pytest.fixture
+def convert(tmp_path, comfyui, monkeypatch):
+    """Arguments -> exit status and the rows of the summary, by name."""
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+
+    def go(*arguments, flags=FLAGS, **expected) -> dict[str, dict]:
+        kept = tmp_path / "summary.json"
+        status = main([str(part) for part in (*flags, *arguments, "--summary", kept, "--quiet")])
+        assert status == expected.get("status", 0)
+        found = json.loads(kept.read_text())
+        assert found["exit_status"] == status
+        return {Path(row["file"]).name: row for row in found["files"]}
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def made(source, recording, comfyui, tmp_path_factory) -> Path:
+    """A folder with the file of FLAGS and the recording."""
+    out = tmp_path_factory.mktemp("made")
+    flags = [*FLAGS, "--comfyui", comfyui, "--calibration", recording, "--out", out, "--quiet"]
+    assert main([str(part) for part in (*flags, source)]) == 0
+    return out
+
+
+def test_it_is_the_nodes_file(made, source, sd15, recording, tmp_path):
+    """But for the entry that says what was asked for."""
+    recipe, calls = Recipe("int8", skip=SKIP), calibration_file.load(recording)
+    quantized, _, _ = quantize_and_load(sd15[0], recipe, calls, sizes(sd15[0], recipe, calls))
+    files.write(loader.to_checkpoint(quantized), tmp_path / "nodes.safetensors")
+    assert [path.name for path in made.iterdir()] == [NAME]
+    ours, theirs = load_file(made / NAME), load_file(tmp_path / "nodes.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (ours, _), (theirs, _) = map(files.read_header, (made / NAME, tmp_path / "nodes.safetensors"))
+    assert set(ours.pop("conversion")) == {"recipe", "loras", "calibration"}
+    assert ours == theirs
+    assert loader.load_file(str(made / NAME)) is not None
+
+
+def test_it_is_skipped_the_second_time(made, source, recording, convert, tmp_path):
+    """By what is in the files, not by their names."""
+    before = (made / NAME).stat()
+    row = convert(source, "--calibration", recording, "--out", made)["sd15.safetensors"]
+    assert row["status"] == "skipped" and row["sqnr_db"] > 10
+    assert row["bytes_after"] == before.st_size and row["output"] == str(made / NAME)
+    os.link(source, tmp_path / "renamed.safetensors")
+    os.link(recording, tmp_path / "recording.safetensors")
+    os.link(made / NAME, made / "renamed_int8-max.safetensors")
+    again = ["--calibration", tmp_path / "recording.safetensors", "--out", made]
+    assert convert(tmp_path / "renamed.safetensors", *again).popitem()[1]["status"] == "skipped"
+    (made / "renamed_int8-max.safetensors").unlink()
+    after = (made / NAME).stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+OTHERS = {
+    "algorithm": (["--algorithm", "mse"], 'has recipe algorithm "max" where "mse" is asked for'),
+    "layers": (["--layers", "linear only"], "has recipe layers"),
+    "prompts": (["--prompts", "prompts.txt"], "has calibration"),
+    "LoRA": (["--lora", "lora.safetensors:0.5"], "has loras [] where [{"),
+    "none": (["--layers", "linear only", "--suffix", "other"], "has calibration"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_recipe_under_its_name(made, checkpoints, recording, convert, tmp_path, case):
+    flags, message = OTHERS[case]
+    (tmp_path / "prompts.txt").write_text("a fox")
+    flags = [x if ".txt" not in x else tmp_path / x for x in flags]
+    flags = [x if "lora." not in str(x) else checkpoints / x for x in flags]
+    if case == "none":
+        flags = ["--layers", "linear only"]
+    elif case != "prompts":
+        flags = [*flags, "--calibration", recording]
+    bytes_before = (made / NAME).read_bytes()
+    row = convert(
+        checkpoints / "sd15.safetensors", *flags, "--suffix", "int8-max", "--out", made, status=1
+    )["sd15.safetensors"]
+    assert row["status"] == "failed" and message in row["error"]
+    assert "a file is never overwritten" in row["error"] and "choose another" in row["error"]
+    assert (made / NAME).read_bytes() == bytes_before and len(list(made.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["foreign", "the node's", "another source's", "damaged"])
+def test_another_file_under_its_name(made, source, recording, convert, tmp_path, kind):
+    place = tmp_path / "out" / NAME
+    place.parent.mkdir()
+    messages = {
+        "foreign": "was not quantized by this pack",
+        "the node's": "was not made by convert.py",
+        "another source's": "has source sha256",
+        "damaged": "must be a whole safetensors file",
+    }
+    if kind == "foreign":
+        os.link(source, place)
+    elif kind == "damaged":
+        place.write_bytes((made / NAME).read_bytes()[:-9])
+    else:
+        checkpoint = loader.read(str(made / NAME))
+        if kind == "the node's":
+            del checkpoint.header[identity.HEADER]
+        else:
+            checkpoint.header["source"]["sha256"] = 64 * "0"
+        files.write(checkpoint, place)
+    before = place.stat()
+    row = convert(source, "--calibration", recording, "--out", place.parent, status=1)
+    assert messages[kind] in row["sd15.safetensors"]["error"]
+    after = place.stat()
+    assert (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size)
+    assert [path.name for path in place.parent.iterdir()] == [NAME]
+
+
+@contextlib.contextmanager
+def signalled(progress: Path, step: str, number: int = signal.SIGTERM):
+    """Sends this process a signal once it says that it is at a step that begins so."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            if not progress.exists():
+                continue
+            now = json.loads(progress.read_text())["current"]
+            if now and now["step"].startswith(step):
+                os.kill(os.getpid(), number)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_recording_of_prompts_survives_an_interruption(source, convert, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red fox\na hen")
+    small = ["--prompts", tmp_path / "prompts.txt", "--steps", "2", "--width", "64"]
+    small += ["--height", "64", "--max-records", "2"]
+    out, progress = tmp_path / "out", tmp_path / "progress.json"
+    with signalled(progress, "Calibrating", signal.SIGINT):
+        rows = convert(source, *small, "--out", out, "--progress", progress, status=130)
+    assert rows["sd15.safetensors"]["status"] == "not tried"
+    (kept,) = out.iterdir()
+    assert kept.name.startswith(f".{NAME}.") and kept.name.endswith(".calibration")
+    assert len(calibration_file.load(kept)) == 2
+
+    asked = []
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda file, with_clip: (
+        asked.append(with_clip), load(file, with_clip))[1])  # fmt: skip
+    assert convert(source, *small, "--out", out)["sd15.safetensors"]["status"] == "converted"
+    assert [path.name for path in out.iterdir()] == [NAME], "nothing is left beside it"
+    whole = convert(source, *small, "--out", tmp_path / "whole")["sd15.safetensors"]
+    assert whole["status"] == "converted"
+    assert asked == [False, True], "it was not sampled again"
+    assert (tmp_path / "whole" / NAME).read_bytes() == (out / NAME).read_bytes()
+    header, _ = files.read_header(out / NAME)
+    assert header["calibration"]["prompts"] == ["a red fox", "a hen"]
+    assert header["conversion"]["calibration"]["steps"] == 2
+
+
+def test_a_damaged_recording_is_made_again(tmp_path, caplog):
+    kept = tmp_path / "kept.calibration"
+    kept.write_bytes(b"half")
+    assert work._read(kept) is None and not kept.exists()
+    assert "recording the prompts again" in caplog.text
+
+
+def test_a_lora_is_baked_in(made, checkpoints, recording, convert, tmp_path):
+    lora = checkpoints / "lora.safetensors"
+    row = convert(
+        checkpoints / "sd15.safetensors", "--lora", f"{lora}:0.8", "--calibration", recording,
+        "--out", tmp_path / "out",
+    )["sd15.safetensors"]  # fmt: skip
+    header, _ = files.read_header(row["output"])
+    assert header["baked_patches"] > 10
+    (told,) = header["conversion"]["loras"]
+    assert told["name"] == "lora.safetensors" and told["strength"] == 0.8
+    plain, baked = load_file(made / NAME), load_file(row["output"])
+    name = next(name for name in plain if name.endswith("proj_in.weight"))
+    assert not torch.equal(plain[name], baked[name])
+
+
+def test_a_lora_of_another_model(source, recording, convert, tmp_path):
+    files.save_safetensors({"lora.up": torch.zeros(2)}, tmp_path / "other.safetensors", {})
+    row = convert(
+        source, "--lora", tmp_path / "other.safetensors", "--calibration", recording,
+        "--out", tmp_path / "out", status=1,
+    )["sd15.safetensors"]  # fmt: skip
+    assert "a LoRA must change layers of the checkpoint" in row["error"]
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (torch.OutOfMemoryError("needs 9 GB"), "out of memory: needs 9 GB"),
+        (MemoryError("no more"), "out of memory: no more"),
+        (KeyError("x"), "KeyError: 'x'"),
+    ],
+)
+def test_an_error_ends_one_file(source, convert, tmp_path, monkeypatch, error, said):
+    """The next one is tried, with what the first one took given back."""
+    os.link(source, tmp_path / "second.safetensors")
+    freed = []
+
+    def fail(file, *_, **__):
+        raise error
+
+    monkeypatch.setattr(models, "load", fail)
+    monkeypatch.setattr(models, "free", lambda: freed.append(True))
+    out = tmp_path / "out"
+    rows = convert(source, tmp_path / "second.safetensors", "--out", out, status=1)
+    assert [row["error"] for row in rows.values()] == [said, said]
+    assert len(freed) == 2 and not list(out.iterdir())
+
+
+def test_a_device_that_is_lost_ends_the_run(source, convert, tmp_path, monkeypatch):
+    os.link(source, tmp_path / "second.safetensors")
+    monkeypatch.setattr(models, "lost_device", lambda: "cuda:0 no longer answers")
+    (tmp_path / "cut.safetensors").write_bytes(b"x")
+    rows = convert(tmp_path / "cut.safetensors", source, "--out", tmp_path / "out", status=1)
+    assert rows["cut.safetensors"]["status"] == "failed"
+    assert rows["sd15.safetensors"]["status"] == "not tried"
+    assert rows["sd15.safetensors"]["error"] == "cuda:0 no longer answers"
+
+
+def test_prompts_need_a_text_encoder(source, convert, tmp_path):
+    tensors = {k: x for k, x in load_file(source).items() if k.startswith("model.")}
+    files.save_safetensors(tensors, tmp_path / "unet.safetensors", {})
+    row = convert(tmp_path / "unet.safetensors", "--out", tmp_path / "out", status=1)
+    assert "prompts need a text encoder" in row["unet.safetensors"]["error"]
+    assert "--calibration" in row["unet.safetensors"]["error"]
+
+
+def test_what_another_process_has_is_left_to_it(made, source, recording, convert, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with claims.take(out / NAME):
+        row = convert(source, "--calibration", recording, "--out", out)["sd15.safetensors"]
+        assert row["status"] == "taken" and f"process {os.getpid()}" in row["error"]
+        assert [path.name for path in out.iterdir()] == [f".{NAME}.claim"]
+
+    def other() -> None:
+        with claims.take(out / NAME):
+            held.set()
+            time.sleep(1)
+            shutil.copyfile(made / NAME, out / "aside")
+            os.rename(out / "aside", out / NAME)
+
+    held = threading.Event()
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert held.wait(10)
+    row = convert(source, "--calibration", recording, "--out", out, "--wait")["sd15.safetensors"]
+    thread.join()
+    assert row["status"] == "skipped", "the other one made it"
+    assert [path.name for path in out.iterdir()] == [NAME]
+
+
+def test_a_file_that_comes_while_it_is_made(
+    made, source, recording, convert, tmp_path, monkeypatch
+):
+    """Of a process that was taken for dead."""
+    out = tmp_path / "out"
+    write = files.write
+
+    def late(checkpoint, path, step):
+        shutil.copyfile(made / NAME, path)
+        write(checkpoint, path, step)
+
+    monkeypatch.setattr(files, "write", late)
+    row = convert(source, "--calibration", recording, "--out", out)["sd15.safetensors"]
+    assert row["status"] == "skipped"
+    assert (out / NAME).read_bytes() == (made / NAME).read_bytes()
+
+
+def test_what_a_killed_process_left_is_removed(made, source, recording, convert, tmp_path):
+    """Also where it was killed between the file and the end of its claim; other files' stay."""
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copyfile(made / NAME, out / NAME)
+    left = [f".{NAME}.0123abcd.partial", f".{NAME}.0123456789abcdef.calibration"]
+    others = [f".other_{NAME}.0123abcd.partial", f".{NAME}.mine.partial"]
+    for name in (*left, *others):
+        (out / name).write_text("")
+    claims.take(out / NAME)._ended.set()
+    (path,) = claims.litter(out / NAME)
+    owner = json.loads(path.read_text())
+    path.write_text(json.dumps(owner | {"born": "another process"}))
+    row = convert(source, "--calibration", recording, "--out", out)["sd15.safetensors"]
+    assert row["status"] == "skipped"
+    assert {path.name for path in out.iterdir()} == {NAME, *others}
+
+
+def test_files_for_others_that_cannot_be_written_do_not_stop_it(
+    made, source, recording, convert, tmp_path, capsys
+):
+    blocked = tmp_path / "progress"
+    blocked.mkdir()
+    row = convert(source, "--calibration", recording, "--out", made, "--progress", blocked)[
+        "sd15.safetensors"
+    ]
+    assert row["status"] == "skipped"
+    assert capsys.readouterr().err.count("is no longer kept, it cannot be written") == 1
