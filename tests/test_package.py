@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -68,10 +69,11 @@ def packed(archive) -> dict[str, int]:
 
 
 def test_it_holds_what_users_need(packed):
-    wanted = {"__init__.py", "LICENSE", "README.md", "CHANGELOG.md", "dev.py"}
+    wanted = {"__init__.py", "LICENSE", "README.md", "CHANGELOG.md", "dev.py", "convert.py"}
     wanted |= {"pyproject.toml", "requirements.txt", "kernels/choices/__init__.py"}
     tracked = git("ls-files")
-    for folder in ("web", "locales", "example_workflows", "nodes", "loaders", "formats", "utils"):
+    for folder in ("web", "locales", "example_workflows", "nodes", "loaders", "formats", "utils",
+                   "conversion"):  # fmt: skip
         wanted |= {name for name in tracked if name.startswith(f"{folder}/")}
     wanted = {name for name in wanted if not name.endswith(".gitkeep")}
     assert wanted <= packed.keys(), wanted - packed.keys()
@@ -116,7 +118,7 @@ def imports(name: str, source: str) -> set[str]:
 
 def test_every_python_file_is_used_and_none_is_missing(archive, packed):
     """From ComfyUI's entry point, dev.py and the scripts that README.md tells to run."""
-    todo = ["__init__.py", "dev.py"]
+    todo = ["__init__.py", "dev.py", "convert.py"]
     todo += sorted(set(re.findall(r"python (\S+/\S+\.py)", README)))
     missing = [name for name in todo if name not in packed]
     seen: set[str] = set()
@@ -337,3 +339,37 @@ def test_quantize_save_load(installed):
     (info,) = again.outputs["2"]["text"]
     assert "18 convolution layers in int8" in info and "40 Linear layers in int8" in info
     assert "Traceback" not in installed.log
+
+
+@pytest.mark.slow
+def test_convert_in_custom_nodes(comfyui, checkpoints, archive, tmp_path):
+    """The archive in a ComfyUI's custom_nodes, linked to from there or not: found without being told."""
+    home = tmp_path / "ComfyUI"
+    home.mkdir()
+    for entry in comfyui.iterdir():
+        if entry.name != "custom_nodes":
+            (home / entry.name).symlink_to(entry)
+    pack = home / "custom_nodes" / PROJECT["name"]
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(pack)
+    flags = ["--format", "int8", "--layers", "linear only", "--device", "cpu", "--json", "--quiet"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            pack / "convert.py",
+            checkpoints / "sd15.safetensors",
+            "--out",
+            "made",
+            *flags,
+        ],
+        cwd=tmp_path,
+        env={name: x for name, x in os.environ.items() if name != "COMFYUI_PATH"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["files"]
+    assert row["status"] == "converted"
+    assert (tmp_path / "made" / "sd15_int8-max-linear.safetensors").stat().st_size > 10_000_000
+    assert not list(pack.rglob("*.partial"))

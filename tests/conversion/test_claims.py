@@ -188,10 +188,42 @@ def test_without_hard_links(tmp_path, monkeypatch, dead):
     assert not claims.litter(output)
 
 
+@pytest.mark.parametrize("between", ["take", "take release", "take release take"])
+@pytest.mark.parametrize("stale", [0, 1, 3])
+def test_others_come_between_looking_and_taking(tmp_path, dead, monkeypatch, stale, between):
+    """What was found free or dead may not be any more when the claim is made."""
+    output, before, others = tmp_path / "a.safetensors", None, []
+    for index in range(stale):
+        owner = replace(dead, token=f"{index:016x}")
+        leave(output, owner, before)
+        before = owner
+    really = claims._made
+
+    def made(new: Path, path: Path) -> bool:
+        monkeypatch.setattr(claims, "_made", really)
+        for what in between.split():
+            if what == "take":
+                others.append(claims.take(output))
+                assert isinstance(others[-1], Claim)
+            else:
+                others[-1].release()
+        return really(new, path)
+
+    monkeypatch.setattr(claims, "_made", made)
+    got = claims.take(output)
+    if between.endswith("take"):
+        assert got == others[-1].owner
+        others[-1].release()
+    else:
+        assert isinstance(got, Claim) and claims.holder(output) == got.owner
+        got.release()
+    assert not claims.litter(output)
+
+
 @pytest.mark.parametrize("stale", [0, 1, 3])
 def test_a_race_has_one_winner(tmp_path, dead, stale):
     """Eight processes at the same moment, for what is free or was a dead process's."""
-    rounds, racers = 20, 8
+    rounds, racers = 10, 8
     for number in range(rounds):
         before = None
         for index in range(stale):

@@ -102,7 +102,7 @@ OTHERS = {
     "layers": (["--layers", "linear only"], "has recipe layers"),
     "prompts": (["--prompts", "prompts.txt"], "has calibration"),
     "LoRA": (["--lora", "lora.safetensors:0.5"], "has loras [] where [{"),
-    "none": (["--layers", "linear only", "--suffix", "other"], "has calibration"),
+    "calibration": ([], "has calibration"),
 }
 
 
@@ -110,12 +110,10 @@ OTHERS = {
 def test_another_recipe_under_its_name(made, checkpoints, recording, convert, tmp_path, case):
     flags, message = OTHERS[case]
     (tmp_path / "prompts.txt").write_text("a fox")
-    flags = [x if ".txt" not in x else tmp_path / x for x in flags]
-    flags = [x if "lora." not in str(x) else checkpoints / x for x in flags]
-    if case == "none":
-        flags = ["--layers", "linear only"]
-    elif case != "prompts":
-        flags = [*flags, "--calibration", recording]
+    places = {"prompts.txt": tmp_path, "lora.safetensors:0.5": checkpoints}
+    flags = [places[x] / x if x in places else x for x in flags]
+    if case not in ("prompts", "calibration"):
+        flags += ["--calibration", recording]
     bytes_before = (made / NAME).read_bytes()
     row = convert(
         checkpoints / "sd15.safetensors", *flags, "--suffix", "int8-max", "--out", made, status=1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from comfyui_modelopt.quantize import mixed
 from comfyui_modelopt.quantize.layers import DEFAULT_SKIP
 from comfyui_modelopt.quantize.prompts import BUILT_IN
 from comfyui_modelopt.quantize.recipe import ALGORITHMS, CHOICES, OPTIONS, Recipe, may_calibrate
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture
@@ -214,3 +218,14 @@ def test_comfyui_is_found(monkeypatch, tmp_path, comfyui):
     monkeypatch.delenv("COMFYUI_PATH")
     with pytest.raises(UsageError, match="there is none around"):
         finder.find(None)
+
+
+def test_examples_of_the_readme(tmp_path):
+    """Every command that it shows is one."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^(?!`).*\bpython convert\.py ([^`\n]*?)(?: &)?$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        found = options.parser().parse_intermixed_args([*shlex.split(command), "one.safetensors"])
+        assert str(found.out).startswith(("/models/", "/shared/"))
+    assert '[sys.executable, "convert.py", file, "--out", "/shared/fp8"]' in text
