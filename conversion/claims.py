@@ -24,6 +24,8 @@ from pathlib import Path
 # seconds between two signs of life, and after which a silent owner on another machine is dead
 HEARTBEAT = 15.0
 PATIENCE = 600.0
+# seconds between two tries to make a claim
+RETRY = 0.02
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ def take(output: Path, patience: float = PATIENCE) -> Claim | Owner:
                 return chain[-1][1]
             path = output.with_name(start + chain[-1][1].token) if chain else root
             if not _made(new, path):
+                time.sleep(RETRY)  # NFS shows a folder as it was, for a while
                 continue
             chain = _chain(output)
             if chain and chain[-1][1].token == token:

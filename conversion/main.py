@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -108,11 +109,21 @@ def prepare(ordered: Order, args: argparse.Namespace) -> Calibration | None:
     try:
         modelopt.require()
         recordings = calibration.load(ordered.recordings) if ordered.recordings else None
-        for folder in {ordered.out, *(x.parent for x in (args.progress, args.summary) if x)}:
-            folder.mkdir(parents=True, exist_ok=True)
-        return recordings
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+    kept = {"--progress": args.progress, "--summary": args.summary}
+    places = {"--out": ordered.out} | {flag: path.parent for flag, path in kept.items() if path}
+    for flag, folder in places.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UsageError(
+                f"{flag} needs a folder that can be written, got {error} in {folder}: correct its "
+                "permissions or name another"
+            ) from error
+    return recordings
 
 
 @contextlib.contextmanager
@@ -214,7 +225,10 @@ def told(error: Exception) -> str:
     from . import models
 
     if models.is_out_of_memory(error):
-        return f"out of memory: {error}"
+        return (
+            f"a conversion needs the model and its UNet calls in memory, it ran out of it ({error}): "
+            "close other programs, record smaller pictures, or use --device cpu"
+        )
     if isinstance(error, ValueError | OSError):
         return str(error)
     logging.getLogger(__name__).error("%s", "".join(traceback.format_exception(error)))

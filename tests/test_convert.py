@@ -91,14 +91,14 @@ def test_killed_interrupted_and_side_by_side(given, undisturbed, tmp_path):
     killed, ended = (
         conversions.start(files, out, *options, "--wait", "--progress", path) for path in kept
     )
-    assert conversions.when_busy(killed, kept[0], "Quantizing")
+    assert conversions.when_busy([(killed, kept[0])], "Quantizing")
     killed.kill()
     killed.communicate()
     # each was at a file of its own
     now = json.loads(kept[0].read_text())["current"]
     assert now and killed.returncode == -signal.SIGKILL
     assert claims.litter(out / f"{Path(now['file']).stem}_int8-max.safetensors")
-    assert conversions.when_busy(ended, kept[1], "Packing")
+    assert conversions.when_busy([(ended, kept[1])], "Packing")
     ended.terminate()
     said, complaints = ended.communicate(timeout=conversions.LONGEST)
     assert ended.returncode == 143, complaints

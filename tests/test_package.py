@@ -343,7 +343,7 @@ def test_quantize_save_load(installed):
 
 @pytest.mark.slow
 def test_convert_in_custom_nodes(comfyui, checkpoints, archive, tmp_path):
-    """The archive in a ComfyUI's custom_nodes, linked to from there or not: found without being told."""
+    """The unpacked archive, no git checkout, finds the ComfyUI in whose custom_nodes it lies."""
     home = tmp_path / "ComfyUI"
     home.mkdir()
     for entry in comfyui.iterdir():

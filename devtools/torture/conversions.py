@@ -39,17 +39,25 @@ def start(
     )
 
 
-def when_busy(process: subprocess.Popen, progress: Path, step: str = "") -> bool:
-    """Waits until the process works on a file, at a step that begins so. False: it ended before."""
+def now(process: subprocess.Popen, progress: Path) -> str:
+    """What a process does to a file just now, "" for nothing."""
+    if process.poll() is not None or not progress.exists():
+        return ""
+    facts = json.loads(progress.read_text(encoding="utf-8"))
+    current = facts["current"] if facts["pid"] == process.pid else None
+    return current["step"] if current else ""
+
+
+def when_busy(pair: Sequence[tuple[subprocess.Popen, Path]], step: str = "") -> list[int]:
+    """Waits until one of the processes is at a step of a file that begins so, and says which are.
+    None of them: all have ended."""
     until = time.monotonic() + LONGEST
-    while process.poll() is None and time.monotonic() < until:
-        if progress.exists():
-            facts = json.loads(progress.read_text(encoding="utf-8"))
-            now = facts["current"]
-            if facts["pid"] == process.pid and now and now["step"] and now["step"].startswith(step):
-                return True
+    while time.monotonic() < until and any(process.poll() is None for process, _ in pair):
+        doing = [now(*one) for one in pair]
+        if busy := [index for index, text in enumerate(doing) if text and text.startswith(step)]:
+            return busy
         time.sleep(0.02)
-    return False
+    return []
 
 
 def differences(files: Sequence[Path], out: Path, undisturbed: Path) -> Row:
@@ -99,20 +107,18 @@ def _run(folder: Path, effort: Effort, say: Callable[[str], None]) -> list[Row]:
 
     pair = [another(0), another(1)]
     for number in range(kills):
-        victim = draw.randrange(2)
+        busy = when_busy(pair)
+        victim = draw.choice(busy) if busy else 0
         process, kept = pair[victim]
-        if not when_busy(process, kept):
-            killed.findings.append(f"seed {effort.seed}: kill {number + 1} came too late")
-            continue
-        time.sleep(draw.uniform(0, 2))
+        time.sleep(draw.uniform(0, 1))
+        step = now(process, kept)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if process.returncode != -signal.SIGKILL:
             killed.findings.append(f"seed {effort.seed}: kill {number + 1} came too late")
             continue
-        now = json.loads(kept.read_text(encoding="utf-8"))["current"]
         killed.outcomes["killed, and started again"] += 1
-        say(f"killed at {now['step'] if now else 'the end of a file'}")
+        say(f"killed at: {step or 'the end of a file'}")
         pair[victim] = another(number + 2)
     made = 0
     last = Row(NAME, "the two processes that were left")

@@ -8,7 +8,6 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from ..common import ROOT, say
@@ -72,6 +71,7 @@ def main(args: argparse.Namespace) -> int:
 def write(path: Path, rows: list[Row], facts: dict[str, str], text: str) -> None:
     """The JSON at `path`, the page beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {**facts, "rows": [asdict(row) for row in rows]}
+    # not `asdict`: it makes a Counter anew from pairs, which then are what is counted
+    result = {**facts, "rows": [vars(row) | {"tried": row.tried} for row in rows]}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(text, encoding="utf-8")

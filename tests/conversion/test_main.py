@@ -237,8 +237,11 @@ def test_a_lora_of_another_model(source, recording, convert, tmp_path):
 @pytest.mark.parametrize(
     "error, said",
     [
-        (torch.OutOfMemoryError("needs 9 GB"), "out of memory: needs 9 GB"),
-        (MemoryError("no more"), "out of memory: no more"),
+        (
+            torch.OutOfMemoryError("needs 9 GB"),
+            "it ran out of it (needs 9 GB): close other programs",
+        ),
+        (MemoryError("no more"), "it ran out of it (no more): close other programs"),
         (KeyError("x"), "KeyError: 'x'"),
     ],
 )
@@ -254,7 +257,7 @@ def test_an_error_ends_one_file(source, convert, tmp_path, monkeypatch, error, s
     monkeypatch.setattr(models, "free", lambda: freed.append(True))
     out = tmp_path / "out"
     rows = convert(source, tmp_path / "second.safetensors", "--out", out, status=1)
-    assert [row["error"] for row in rows.values()] == [said, said]
+    assert len(rows) == 2 and all(said in row["error"] for row in rows.values())
     assert len(freed) == 2 and not list(out.iterdir())
 
 

@@ -171,7 +171,11 @@ def test_refused_before_anything_is_done(order, case, capsys, monkeypatch):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_out_must_be_a_folder(order, capsys):
+def test_out_must_be_a_folder_to_write_in(order, capsys, monkeypatch, comfyui):
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+    flags = ["--out", "b.ckpt/out", "--format", "mxfp8", "--layers", "linear only"]
+    assert main(["a.safetensors", *flags]) == 2
+    assert "--out needs a folder that can be written, got [Errno" in capsys.readouterr().err
     assert main(["a.safetensors", "--out", "b.ckpt"]) == 2
     assert "--out must be a folder, b.ckpt is a file" in capsys.readouterr().err
 
