@@ -23,6 +23,8 @@ FILES, KILLS = 10, 3
 # convolutions as well as Linear layers in the middle, calibrated: seconds a file
 RECIPE = ["--format", "int8", "--skip", "input_blocks.[0-9].*", "--skip", "output_blocks.*",
           "--skip", "out.2", "--skip", "time_embed.*", "--skip", "*.emb_layers.*"]  # fmt: skip
+# of a file, at which a process is killed
+STEPS = ("Loading", "Calibrating", "Packing", "Saving")
 LONGEST = 900.0  # seconds for a process, on a slow machine
 
 
@@ -107,10 +109,10 @@ def _run(folder: Path, effort: Effort, say: Callable[[str], None]) -> list[Row]:
 
     pair = [another(0), another(1)]
     for number in range(kills):
-        busy = when_busy(pair)
+        busy = when_busy(pair, draw.choice(STEPS))
         victim = draw.choice(busy) if busy else 0
         process, kept = pair[victim]
-        time.sleep(draw.uniform(0, 1))
+        time.sleep(draw.uniform(0, 0.2))
         step = now(process, kept)
         process.send_signal(signal.SIGKILL)
         process.communicate()
