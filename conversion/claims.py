@@ -170,7 +170,18 @@ class Claim:
         own = [path for path, _ in chain]
         # the first of the chain before the rest: without it, no one reads the others
         for path in [*(set(litter(self.output)) - set(own)), *own]:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Windows does not remove a file while another process reads it: a moment later it does."""
+    for _ in range(50):
+        try:
             path.unlink(missing_ok=True)
+            return
+        except PermissionError:
+            time.sleep(RETRY)
+    path.unlink(missing_ok=True)
 
 
 def litter(output: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import sys
 import time
@@ -119,13 +118,14 @@ class Reporter:
 
     def _keep(self, path: Path | None, value: Any) -> None:
         """Writes a file that is for others: where it cannot be written, the work goes on."""
-        if path is None or path in self._refused:
+        if path is None:
             return
         try:
             write(path, value)
         except OSError as error:
+            if path not in self._refused:
+                self.say(f"{path} is not kept, it cannot be written: {error}", always=True)
             self._refused.add(path)
-            self.say(f"{path} is no longer kept, it cannot be written: {error}", always=True)
 
     def _write_progress(self, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -176,14 +176,10 @@ def words(result: Result) -> str:
 
 
 def write(path: Path, value: Any) -> None:
-    """JSON, whole at every moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-    try:
-        new.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    """JSON, whole at every moment. The same name each time: what a killed process left is written over."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 def stamp(seconds: float) -> str:

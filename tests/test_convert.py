@@ -14,6 +14,7 @@ import pytest
 from comfyui_modelopt.conversion import claims
 from comfyui_modelopt.devtools.torture import conversions
 
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there are no kills here")
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 3
 
@@ -32,9 +33,6 @@ def test_its_help_needs_no_comfyui(tmp_path):
     for flag in ("--format", "--calibration FILE | --prompts FILE", "--lora", "exit status"):
         assert flag in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
-
-
-pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there are no kills here")
 
 
 @pytest.fixture(scope="module")

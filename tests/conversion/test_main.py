@@ -348,4 +348,4 @@ def test_files_for_others_that_cannot_be_written_do_not_stop_it(
         "sd15.safetensors"
     ]
     assert row["status"] == "skipped"
-    assert capsys.readouterr().err.count("is no longer kept, it cannot be written") == 1
+    assert capsys.readouterr().err.count("is not kept, it cannot be written") == 1
