@@ -7,6 +7,7 @@ Needs only Python 3.10 to 3.13 and a package index; makes the rest itself.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
@@ -144,6 +145,12 @@ def bench_in_venv(args: argparse.Namespace) -> int:
         return bench(args)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def torture_in_venv(args: argparse.Namespace) -> int:
+    if not (ROOT / "devtools" / "torture").is_dir():  # the registry's archive is without it
+        raise UserError("torture needs a clone of the repository, this is an installed pack")
+    return importlib.import_module("devtools.torture.main").main(args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -284,9 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.in_venv:
                 return importing.main(args.file, args.out)
         if args.command == "torture" and args.in_venv:
-            from devtools.torture.main import main as torture
-
-            return torture(args)
+            return torture_in_venv(args)
         return args.function(set_up(), args, extra)
     except UserError as error:
         say(f"dev.py {args.command}: {error}", file=sys.stderr)
