@@ -47,7 +47,7 @@ NODES: list[type[io.ComfyNode]] = [
 class ModelOptExtension(ComfyExtension):
     async def on_load(self) -> None:
         routes.register()
-        if (missing := packages.why_missing(packages.MODELOPT, "quantizing")) is not None:
+        if (missing := packages.why_missing(packages.MODELOPT)) is not None:
             log.warning("ModelOpt for ComfyUI loads quantized files, but %s", missing)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -105,7 +105,7 @@ class AutoQuantize(io.ComfyNode):
     def validate_inputs(cls, skip: str | None = None, target=None) -> bool | str:
         """`skip` is named because ComfyUI reports the answer on an input that it did pass, and leaves
         out a target that the schema does not have."""
-        if (missing := packages.why_missing(packages.MODELOPT, "quantizing")) is not None:
+        if (missing := packages.why_missing(packages.MODELOPT)) is not None:
             return missing
         if target is None:
             return "target must be size, bits, quality or recipe: choose one in the node"

@@ -99,7 +99,7 @@ def recipe_inputs() -> list[io.Input]:
 
 def why_not(format) -> str | None:
     """Why ComfyUI's value of the input `format`, before the run, cannot be quantized to, or None."""
-    if (missing := packages.why_missing(packages.MODELOPT, "quantizing")) is not None:
+    if (missing := packages.why_missing(packages.MODELOPT)) is not None:
         return missing
     if format is None:  # ComfyUI leaves out a format or algorithm that the schema does not have
         return f"format must be one of {', '.join(CHOICES)}: choose one in the node"

@@ -13,7 +13,7 @@ def build(config: Mapping[str, object], projects: bool = False) -> torch.nn.Modu
     """The UNet on the meta device. projects: its vector is projected as it is (unCLIP's image
     embedding), not SDXL's pooled text and sizes. Raises ValueError where diffusers is missing or
     knows no such."""
-    packages.require(packages.DIFFUSERS, "exporting")
+    packages.require(packages.DIFFUSERS)
     if "channel_mult" not in config:
         raise ValueError(
             "what is exported must be a UNet (SD1.5, SDXL and their kin), this model is none: "

@@ -39,7 +39,7 @@ MSE_SEARCH = {"method": "mse", "start_multiplier": 0.5, "stop_multiplier": 1.0, 
 
 def require():
     """The module `modelopt.torch.quantization`. Raises ValueError naming what to install."""
-    packages.require(packages.MODELOPT, "quantizing")
+    packages.require(packages.MODELOPT)
     import modelopt.torch.quantization as mtq
 
     return mtq

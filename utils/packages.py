@@ -8,27 +8,33 @@ from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 MODELOPT, DIFFUSERS = "modelopt", "diffusers"
-# module -> package, and pip's arguments for it
-_PIP = {
-    MODELOPT: ("nvidia-modelopt", f'-r "{REQUIREMENTS}"'),
-    DIFFUSERS: ("diffusers", "diffusers"),
+# module -> what is missing without it, and pip's arguments for it
+_MISSING = {
+    MODELOPT: (
+        "quantizing needs the package nvidia-modelopt, it is not installed in ComfyUI's Python",
+        f'-r "{REQUIREMENTS}"',
+    ),
+    DIFFUSERS: (
+        "exporting needs the package diffusers, it is not installed in ComfyUI's Python",
+        "diffusers",
+    ),
 }
 
 
-def why_missing(module: str, what: str) -> str | None:
-    """Why `what` (a word such as "quantizing") cannot be done without the module, or None where it
-    is installed. Imports nothing."""
+def why_missing(module: str) -> str | None:
+    """What cannot be done without the module and how to get it, None where it is installed. Imports
+    nothing."""
     if importlib.util.find_spec(module) is not None:
         return None
-    package, arguments = _PIP[module]
+    what, arguments = _MISSING[module]
     return (
-        f"{what} needs the package {package}, it is not installed in ComfyUI's Python: run "
-        f'`"{sys.executable}" -m pip install {arguments}` and restart ComfyUI; with --dry-run at '
-        "its end the command only tells whether it would replace your PyTorch, which it must not"
+        f'{what}: run `"{sys.executable}" -m pip install {arguments}` and restart ComfyUI; with '
+        "--dry-run at its end the command only tells whether it would replace your PyTorch, which it "
+        "must not"
     )
 
 
-def require(module: str, what: str) -> None:
+def require(module: str) -> None:
     """Raises ValueError where the module is not installed."""
-    if (reason := why_missing(module, what)) is not None:
+    if (reason := why_missing(module)) is not None:
         raise ValueError(reason)

@@ -14,7 +14,10 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer) -> torch.Tensor:
     """
     if not quantizer.enabled:
         return weight.float()
-    packages.require(packages.MODELOPT, f"computing the numerics of {name}")
+    if (missing := packages.why_missing(packages.MODELOPT)) is not None:
+        raise ValueError(
+            f"{name} has numerics that only ModelOpt itself can compute, but {missing}"
+        )
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     value = weight.float()
