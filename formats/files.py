@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..utils import checksums
 from ..utils.files import DTYPES, header_text, save_safetensors, whole_header
 from . import FORMATS, int8
 from .checkpoint import FORMAT_VERSION, INPUTS, REMEDY, Input, Layer, QuantizedCheckpoint
@@ -182,16 +183,31 @@ def _unpacked(
 
 def check_readable(path: Path | str) -> None:
     """Raises ValueError if the file is not a whole safetensors file."""
+    metadata_of(path)
+
+
+def metadata_of(
+    path: Path | str,
+    what: str = "a quantized checkpoint",
+    remedy: str = "it is damaged or incomplete, get it again",
+) -> tuple[dict[str, str], list[str]]:
+    """Metadata and tensors' names of a whole safetensors file; raises ValueError for any other, and
+    for metadata that are not as they were saved. what, remedy: for the error."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > checksums.LONGEST_HEADER:
+            raise SafetensorError(f"a header of {length} bytes")
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"a quantized checkpoint must be a whole safetensors file, {path} is not ({error}): "
-            "it is damaged or incomplete, get it again"
+            f"{what} must be a whole safetensors file, {path} is not ({error}): {remedy}"
         ) from error
+    checksums.check_metadata(metadata, path)
+    return metadata, names
 
 
 def read_header(path: Path | str) -> tuple[dict, dict[str, Layer]] | None:
@@ -199,11 +215,12 @@ def read_header(path: Path | str) -> tuple[dict, dict[str, Layer]] | None:
     a safetensors file that has no header of ours. Raises ValueError in house form."""
     from safetensors import safe_open
 
-    check_readable(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        places = [key for key in file.keys() if key.rpartition(".")[2] == HEADER_TENSOR]  # noqa: SIM118
-        tensors = {} if HEADER in metadata else {key: file.get_tensor(key) for key in places[:1]}
+    metadata, names = metadata_of(path)
+    places = [key for key in names if key.rpartition(".")[2] == HEADER_TENSOR]
+    tensors = {}
+    if HEADER not in metadata and places:
+        with safe_open(path, framework="pt") as file:
+            tensors = {places[0]: file.get_tensor(places[0])}
     _, text = _unpacked(tensors, metadata)
     if text is None:
         return None

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..formats import files
+from ..utils import checksums
 from ..utils.files import save_safetensors
 from .records import Record, Run, digest, keep
 from .thinning import shares
@@ -152,15 +154,16 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     Raises ValueError for a file that is truncated, of something else, damaged, or newer than this.
     """
     path = Path(path)
+    metadata, _ = files.metadata_of(path, "a calibration file", "copy it again or record it again")
+    if METADATA not in metadata:
+        raise ValueError(
+            f"a calibration file must have a {METADATA} header, got none in {path}: "
+            "choose a file that Save Calibration wrote"
+        )
+    header = _read_header(metadata[METADATA], path)
+    checksums.check(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if METADATA not in metadata:
-                raise ValueError(
-                    f"a calibration file must have a {METADATA} header, got none in {path}: "
-                    "choose a file that Save Calibration wrote"
-                )
-            header = _read_header(metadata[METADATA], path)
             tensors = {name: keep(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
@@ -182,7 +185,7 @@ def _read_header(text: str, path: Path) -> dict[str, Any]:
     try:
         header = json.loads(text)
         version = header["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"the {METADATA} header must be JSON with a format_version, got {text[:40]!r} in "
             f"{path}: copy the file again or record it again"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import comfy.utils
 import torch
 
-from ...formats import files
+from ...utils import checksums
+from .. import reading
 
 STATE = "modelopt_state.pth"
 COMPONENTS = ("unet",)
@@ -27,14 +27,21 @@ def component(path: Path) -> Path:
 def config(path: Path) -> dict:
     """config.json of a folder. Raises ValueError where it is missing or no object."""
     file = path / CONFIG
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():
         raise ValueError(
             f"an exported folder must hold {CONFIG}, {path} does not: name the folder that "
             "save_pretrained or export_hf_checkpoint wrote"
-        ) from None
-    except (OSError, ValueError) as error:
+        )
+    return _object(file)
+
+
+def _object(file: Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        if (size := file.stat().st_size) > checksums.LONGEST_HEADER:
+            raise ValueError(f"{size} bytes")
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be JSON, found {error}: {AGAIN}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must be a JSON object, found {type(found).__name__}: {AGAIN}")
@@ -69,8 +76,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of the folder, memory-mapped. Raises ValueError where something is missing."""
     merged: dict[str, torch.Tensor] = {}
     for file in weight_files(path):
-        files.check_readable(file)
-        merged |= comfy.utils.load_torch_file(str(file))
+        merged |= reading.tensors_of(file)[0]
     for index in path.glob("*.safetensors.index.json"):
         missing = sorted(_shards(index).keys() - merged.keys())
         if missing:
@@ -84,10 +90,10 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def _shards(index: Path) -> dict[str, str]:
     """Tensor name -> file name, which must stay in the folder."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = _object(index)["weight_map"]
         good = all(isinstance(n, str) and n.endswith(".safetensors") for n in names.values())
         good = good and all(Path(n).name == n for n in names.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"an index must hold a weight_map, {index} has {error!r}: {AGAIN}"
         ) from error
