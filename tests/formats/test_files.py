@@ -180,8 +180,7 @@ def test_no_space_leaves_nothing_behind(tmp_path):
         "import resource, signal, sys; sys.path.insert(0, sys.argv[1]); import conftest, torch\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
-        "from comfyui_modelopt.utils import checksums
-from comfyui_modelopt.utils.files import save_safetensors\n"
+        "from comfyui_modelopt.utils.files import save_safetensors\n"
         "try: save_safetensors({'a': torch.ones(2**20)}, sys.argv[2], {})\n"
         "except OSError as error: sys.exit(0 if '4 MB of free space' in str(error) else 3)\n"
         "sys.exit(4)\n"
