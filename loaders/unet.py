@@ -208,7 +208,7 @@ def to_checkpoint(model) -> QuantizedCheckpoint:
     header = dict(info.header)
     baked = sum(1 for key in model.patches if key.startswith(UNET))
     if baked:
-        header["baked_patches"] = header.get("baked_patches", 0) + baked
+        header["baked_patches"] = (header.get("baked_patches") or 0) + baked
     layers = dict(info.layers)
     for key in model.patches:  # quantized anew, with another largest magnitude
         name = key.removeprefix(UNET).rpartition(".")[0]

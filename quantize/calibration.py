@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..formats import files
 from ..utils import checksums
 from ..utils.files import save_safetensors
+from ..utils.text import brief, brief_repr, read_json
 from .records import Record, Run, digest, keep
 from .thinning import shares
 
@@ -176,16 +177,16 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"a calibration file must be as it was saved, got {found} in {path}: "
+            f"a calibration file must be as it was saved, got {brief(str(found))} in {path}: "
             "copy it again or record it again"
         ) from error
 
 
 def _read_header(text: str, path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = read_json(text)
         version = header["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"the {METADATA} header must be JSON with a format_version, got {text[:40]!r} in "
             f"{path}: copy the file again or record it again"
@@ -193,7 +194,7 @@ def _read_header(text: str, path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"this pack reads calibration files of format version {FORMAT_VERSION}, got "
-            f"{version!r} in {path}: update the pack or record it again"
+            f"{brief_repr(version)} in {path}: update the pack or record it again"
         )
     return header
 

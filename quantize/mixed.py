@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..utils.text import brief_repr, read_json
 from .layers import kind_of
 from .recipe import AWQ, AWQ_FULL, LayerPlan, Recipe, plan
 
@@ -74,15 +75,15 @@ def write(recipe: Mixed) -> str:
 def read(text: str, where: str = "the recipe") -> Mixed:
     """JSON text of `write` -> the recipe. Raises ValueError for anything else."""
     try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        given = read_json(text)
+    except ValueError as error:
         raise ValueError(f"a recipe must be JSON, {where} is not ({error}): {REMEDY}") from error
     if not isinstance(given, dict) or given.get("kind") != KIND:
         raise ValueError(f"a recipe must be of the kind {KIND!r}, {where} is not: {REMEDY}")
     version = given.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"this pack reads recipes of format version {FORMAT_VERSION}, {where} has {version!r}: "
+            f"this pack reads recipes of format version {FORMAT_VERSION}, {where} has {brief_repr(version)}: "
             "update the pack, or make the recipe again"
         )
     choices = given.get("choices")
@@ -122,8 +123,7 @@ def _assignment(given: Any, where: str) -> dict[str, int]:
 
 
 def _fail(rule: str, found: Any, where: str) -> None:
-    shown = repr(found)
-    raise ValueError(f"{rule}, found {shown[:60]} in {where}: {REMEDY}")
+    raise ValueError(f"{rule}, found {brief_repr(found)} in {where}: {REMEDY}")
 
 
 def plan_mixed(

@@ -16,10 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .text import brief, brief_repr, read_json
+
 ENTRY = "modelopt_crc32"
 DIGITS = 8
 PIECE = 2**22
 MOST_THREADS = 4
+WORTH_A_THREAD = 2**24  # bytes
 # a header of 100,000 tensors is smaller
 LONGEST_HEADER = 2**24
 REMEDY = "the file is damaged or incomplete, get it again"
@@ -48,11 +51,11 @@ def check_metadata(metadata: Mapping[str, str], where: object) -> None:
     for name, wanted in texts.items():
         if name not in metadata:
             raise ValueError(
-                f"the header must hold what was saved, {name} is missing in {where}: {REMEDY}"
+                f"the header must hold what was saved, {brief(name)} is missing in {where}: {REMEDY}"
             )
         if of_text(metadata[name]) != wanted:
             raise ValueError(
-                f"{name} of the header must be as it was saved, with checksum {wanted}, found "
+                f"{brief(name)} of the header must be as it was saved, with checksum {brief_repr(wanted)}, found "
                 f"{of_text(metadata[name])} in {where}: {REMEDY}"
             )
 
@@ -67,7 +70,9 @@ def check(path: Path | str) -> bool:
         with open(path, "rb") as file:
             header, start = _header(file, path)
     except OSError as error:
-        raise ValueError(f"{path} must be a file that can be read, got {error}: {REMEDY}") from error
+        raise ValueError(
+            f"{path} must be a file that can be read, got {error}: {REMEDY}"
+        ) from error
     metadata = header.pop("__metadata__", {})
     check_metadata(metadata, path)
     wanted, _ = _read(metadata, path)
@@ -78,16 +83,16 @@ def check(path: Path | str) -> bool:
             f"a file must hold the {len(wanted) // DIGITS} tensors that were saved, found "
             f"{len(header)} in {path}: {REMEDY}"
         )
-    threads = min(MOST_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        groups = _groups(header, threads)
+    size = sum(_size(one) for one in header.values())
+    groups = _groups(header, min(MOST_THREADS, os.cpu_count() or 1, 1 + size // WORTH_A_THREAD))
+    with ThreadPoolExecutor(len(groups)) as pool:
         parts = list(pool.map(lambda names: _of_tensors(path, header, names, start), groups))
     found = {name: value for part in parts for name, value in part.items()}
     for index, name in enumerate(sorted(header)):
         saved, there = wanted[DIGITS * index : DIGITS * (index + 1)], _hex(found[name])
         if saved != there:
             raise ValueError(
-                f"the bytes of {name} must be those that were saved, with checksum {saved}, found "
+                f"the bytes of {brief(name)} must be those that were saved, with checksum {saved}, found "
                 f"{there} in {path}: {REMEDY}"
             )
     return True
@@ -102,10 +107,10 @@ def _read(metadata: Mapping[str, str], where: object) -> tuple[str | None, dict[
     if ENTRY not in metadata:
         return None, {}
     try:
-        found = json.loads(metadata[ENTRY])
+        found = read_json(metadata[ENTRY])
         tensors, texts = found["tensors"], found["metadata"]
         good = isinstance(tensors, str) and isinstance(texts, dict)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         good = False
     if not good:
         raise ValueError(
@@ -119,8 +124,8 @@ def _header(file, path: Path | str) -> tuple[dict[str, Any], int]:
     """A safetensors header, checked by the library before, and where the data starts."""
     length = int.from_bytes(file.read(8), "little")
     try:
-        header = json.loads(file.read(length)) if length <= LONGEST_HEADER else None
-    except (ValueError, RecursionError):
+        header = read_json(file.read(length)) if length <= LONGEST_HEADER else None
+    except ValueError:
         header = None
     if not isinstance(header, dict) or not all(
         _is_text(one) if name == "__metadata__" else _is_tensor(one) for name, one in header.items()
@@ -177,7 +182,7 @@ def _of_tensors(
                 piece = file.read(min(PIECE, left))
                 if not piece:
                     raise ValueError(
-                        f"a file must stay as it is while it is read, {left} bytes of {name} are "
+                        f"a file must stay as it is while it is read, {left} bytes of {brief(name)} are "
                         f"missing at the end of {path}: {REMEDY}"
                     )
                 found[name] = zlib.crc32(piece, found[name])

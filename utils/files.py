@@ -152,9 +152,7 @@ def _write(
     for name in _order(tensors):
         tensor = tensors[name]
         found[name] = checksums.start_of_tensor(name, DTYPES[tensor.dtype], tensor.shape)
-        data = memoryview(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        )
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
             found[name] = zlib.crc32(piece, found[name])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from ...utils import checksums
+from ...utils.text import brief, read_json
 from .. import reading
 
 STATE = "modelopt_state.pth"
@@ -40,9 +40,9 @@ def _object(file: Path) -> dict:
     try:
         if (size := file.stat().st_size) > checksums.LONGEST_HEADER:
             raise ValueError(f"{size} bytes")
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON, found {error}: {AGAIN}") from error
+        found = read_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} must be JSON, found {brief(str(error))}: {AGAIN}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must be a JSON object, found {type(found).__name__}: {AGAIN}")
     return found
@@ -60,7 +60,7 @@ def weight_files(path: Path) -> list[Path]:
         missing = [shard for shard in shards if not shard.is_file()]
         if missing:
             raise ValueError(
-                f"every shard of the index must be there, {missing[0]} is missing: {AGAIN}"
+                f"every shard of the index must be there, {brief(str(missing[0]))} is missing: {AGAIN}"
             )
         return shards
     found = sorted(path.glob("*.safetensors"))
@@ -82,7 +82,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         if missing:
             raise ValueError(
                 f"the shards must hold every tensor of the index, {path} lacks {len(missing)}, "
-                f"the first {missing[0]}: {AGAIN}"
+                f"the first {brief(missing[0])}: {AGAIN}"
             )
     return merged
 

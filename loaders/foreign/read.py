@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 
 from ...formats.checkpoint import QuantizedCheckpoint
 from ...utils import sha256
+from ...utils.text import read_json
 from .. import reading, unet
 from . import architecture, folder, torch_file
 from .restored import Restored
@@ -85,8 +85,8 @@ def _of_safetensors(path: Path) -> Exported:
             "mto.save"
         )
     try:
-        quantization = json.loads(metadata.get("quantization_config", "null"))
-    except (ValueError, RecursionError) as error:
+        quantization = read_json(metadata.get("quantization_config", "null"))
+    except ValueError as error:
         raise ValueError(
             f"quantization_config of the header must be JSON, {path} has {error}: get it again"
         ) from error
