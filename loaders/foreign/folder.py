@@ -38,9 +38,13 @@ def config(path: Path) -> dict:
 def _object(file: Path) -> dict:
     """The object in a JSON file."""
     try:
-        if (size := file.stat().st_size) > checksums.LONGEST_HEADER:
-            raise ValueError(f"{size} bytes")
-        found = read_json(file.read_text(encoding="utf-8"))
+        if not file.is_file():  # a pipe, or a link to a device, would be read without an end
+            raise ValueError("no file")
+        with file.open("rb") as opened:
+            text = opened.read(checksums.LONGEST_HEADER + 1)
+        if len(text) > checksums.LONGEST_HEADER:
+            raise ValueError(f"more than {checksums.LONGEST_HEADER} bytes")
+        found = read_json(text.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} must be JSON, found {brief(str(error))}: {AGAIN}") from error
     if not isinstance(found, dict):
@@ -63,7 +67,7 @@ def weight_files(path: Path) -> list[Path]:
                 f"every shard of the index must be there, {brief(str(missing[0]))} is missing: {AGAIN}"
             )
         return shards
-    found = sorted(path.glob("*.safetensors"))
+    found = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if len(found) != 1:
         raise ValueError(
             "an exported folder must hold one .safetensors file or an index of several, "

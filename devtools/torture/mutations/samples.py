@@ -13,13 +13,19 @@ CONFIG = {"_class_name": "UNet2DConditionModel"}
 
 def make_all(folder: Path) -> None:
     """Every sample, once; takes some seconds and needs ComfyUI and ModelOpt."""
+    make_small(folder)
+    _whole(folder)
+    _with_state(folder / "folder-state")
+    _exported(folder / "folder-export")
+
+
+def make_small(folder: Path) -> None:
+    """Those of a few kilobytes."""
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     _quantized(folder)
-    _whole(folder)
     _calibration(folder / "calibration.safetensors")
-    _modelopt(folder)
-    _exported(folder)
+    _saved(folder)
     (folder / "recipe.json").write_text(_recipe(), encoding="utf-8")
 
 
@@ -193,40 +199,53 @@ def _leaf(shape) -> torch.nn.Module:
     return torch.nn.Module()
 
 
-def _modelopt(folder: Path) -> None:
-    """`mto.save` of a few layers under ComfyUI's names, and a folder of a whole UNet with its state."""
+def _presets() -> dict:
     import copy
 
-    import modelopt.torch.opt as mto
+    import modelopt.torch.quantization as mtq
+
+    rows = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}
+    fp8 = copy.deepcopy({**mtq.FP8_DEFAULT_CFG, "algorithm": "max"})
+    fp8["quant_cfg"].append({"quantizer_name": "*input_quantizer", "cfg": rows})
+    return {
+        "int8": copy.deepcopy(mtq.INT8_WEIGHT_ONLY_CFG),
+        "int4": copy.deepcopy({**mtq.INT4_AWQ_CFG, "algorithm": "max"}),
+        "fp8": fp8,
+    }
+
+
+def _quantize(module: torch.nn.Module, preset: dict) -> None:
     import modelopt.torch.quantization as mtq
     from comfyui_modelopt.quantize.modelopt import quiet
-    from safetensors.torch import save_file
 
-    from ...synthetic import unet_state_dict
+    with quiet(), torch.no_grad():
+        mtq.quantize(module, preset, None)
+
+
+def _saved(folder: Path) -> None:
+    """`mto.save` of a few layers under ComfyUI's names."""
+    import modelopt.torch.opt as mto
 
     shapes = {f"{NAMES[0]}.weight": (16, 4, 3, 3), f"{NAMES[0]}.bias": (16,)}
     shapes |= {f"{NAMES[1]}.weight": (16, 16, 3, 3), f"{NAMES[2]}.weight": (16, 128)}
     shapes |= {f"{NAMES[2]}.bias": (16,), f"{NAMES[3]}.weight": (4, 16, 3, 3)}
     shapes |= {"out.0.weight": (16,), "out.0.bias": (16,)}
-    rows = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}
-    presets = {
-        "int8": mtq.INT8_WEIGHT_ONLY_CFG,
-        "int4": {**mtq.INT4_AWQ_CFG, "algorithm": "max"},
-        "fp8": {**mtq.FP8_DEFAULT_CFG, "algorithm": "max"},
-    }
-    for name, preset in presets.items():
-        preset = copy.deepcopy(preset)
-        if name == "fp8":
-            preset["quant_cfg"].append({"quantizer_name": "*input_quantizer", "cfg": rows})
+    for name, preset in _presets().items():
         module = _module(shapes)
-        with quiet(), torch.no_grad():
-            mtq.quantize(module, preset, None)
+        _quantize(module, preset)
         mto.save(module, folder / f"saved-{name}.pt")
+
+
+def _with_state(place: Path) -> None:
+    """A folder of a whole UNet with ModelOpt's state."""
+    import modelopt.torch.opt as mto
+    from safetensors.torch import save_file
+
+    from ...synthetic import unet_state_dict
+
     state = unet_state_dict("sd15")
     module = _module({key: tensor.shape for key, tensor in state.items()}, state)
-    with quiet(), torch.no_grad():
-        mtq.quantize(module, copy.deepcopy(presets["int8"]), None)
-    place = folder / "folder-state"
+    _quantize(module, _presets()["int8"])
     place.mkdir()
     _write_json(place / "config.json", CONFIG)
     torch.save(mto.modelopt_state(module), place / "modelopt_state.pth")
@@ -234,7 +253,7 @@ def _modelopt(folder: Path) -> None:
     save_file(made, place / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
-def _exported(folder: Path) -> None:
+def _exported(place: Path) -> None:
     """A unified export in two shards, its activations scaled per token."""
     from safetensors.torch import save_file
 
@@ -247,7 +266,6 @@ def _exported(folder: Path) -> None:
             scale = weight.float().abs().amax() / 448
             tensors[key] = (weight.float() / scale).to(torch.float8_e4m3fn)
             tensors[f"{key}_scale"] = scale
-    place = folder / "folder-export"
     place.mkdir()
     quantization = {
         "quant_method": "modelopt",
