@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..formats import files
 from ..utils import checksums
 from ..utils.files import save_safetensors
+from ..utils.finite import all_finite
 from ..utils.text import brief, brief_repr, read_json
 from .records import Record, Run, digest, keep
 from .thinning import shares
@@ -225,6 +226,6 @@ def _read_record(
         width = signature.get(_WIDTHS.get(name))
         if width is not None and shape[1 if name == "x" else -1] != width:
             raise ValueError(f"{name} with shape {shape} for {_WIDTHS[name]} {width}")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+        if not tensor.is_floating_point() or not all_finite(tensor):
             raise ValueError(f"values in {name} that are not finite floating point numbers")
     return record

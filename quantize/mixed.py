@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -93,7 +94,18 @@ def read(text: str, where: str = "the recipe") -> Mixed:
     if not isinstance(goal, dict):
         _fail("goal must be a table", goal, where)
     made = tuple(_choice(choice, where) for choice in choices)
-    return Mixed(made, _assignment(given.get("assignment"), where), goal)
+    assignment = _assignment(given.get("assignment"), where)
+    with _named(where):
+        return Mixed(made, assignment, goal)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Says where a recipe came from that breaks a rule of recipes."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where} breaks a rule of recipes: {error}") from error
 
 
 def _choice(given: Any, where: str) -> Recipe:
@@ -104,7 +116,8 @@ def _choice(given: Any, where: str) -> Recipe:
     for name, value in given.items():
         if name not in known or not isinstance(value, known[name]) or isinstance(value, bool):
             _fail(f"a choice's options must be those of a recipe ({', '.join(known)})", name, where)
-    return Recipe(**given)
+    with _named(where):
+        return Recipe(**given)
 
 
 def _assignment(given: Any, where: str) -> dict[str, int]:

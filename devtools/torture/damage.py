@@ -66,6 +66,7 @@ def run_on(made: Path, effort: Effort, say: Callable[[str], None], only: str = "
                     row.outcomes[outcome] += 1
                 else:
                     row.findings.append(f"number {number}, seed {effort.seed}, {finding}")
+                    say(f"{kind}: {row.findings[-1]}")
             say(f"{kind}: {row.tried} tried, {len(row.findings)} findings")
             rows.append(row)
     return rows
@@ -99,7 +100,7 @@ class _Process:
             [sys.executable, "-c", CODE, str(self.made), str(place)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=open(self.folder / "stderr", "wb"),  # noqa: SIM115
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         self.answer(START)
@@ -109,6 +110,11 @@ class _Process:
         if self.process is None:
             self.start()
         prepared, _ = self.ask(f"prepare\t{kind}\t{number}\t{seed}", START)
+        if "ended" in prepared:
+            said = (self.folder / "stderr").read_text(errors="replace")[-3000:]
+            raise RuntimeError(
+                f"case {number} of {kind!r}, seed {seed}, could not be made:\n{said}"
+            )
         before = self.anonymous()
         answer, highest = self.ask("open", SECONDS)
         words = answer.get("words") or prepared["words"]

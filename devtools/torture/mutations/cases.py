@@ -94,7 +94,7 @@ KINDS = {
                torch_files.overwritten),
         500,
     ),
-    ".pt of ModelOpt, other members": Kind("saved-*", "foreign", torch_files.parts, 300),
+    ".pt of ModelOpt, other members": Kind("saved-*", "foreign", torch_files.parts, 300, VALID),
     ".pt of ModelOpt, bombs": Kind("saved-*", "foreign", torch_files.bombs, 60),
     ".pt of ModelOpt, hostile pickles": Kind("saved-*", "foreign", _canary, 250),
     ".pt of ModelOpt, hostile values": Kind("saved-*", "foreign", torch_files.edited, 500, VALID),

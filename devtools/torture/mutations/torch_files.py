@@ -152,7 +152,7 @@ def hostile(rng: random.Random, data: bytes, canary: Path) -> tuple[bytes, str]:
         "torch.load": _Call(torch.load, str(canary), None, None),
         "UntypedStorage.from_file": _Call(torch.UntypedStorage.from_file, str(canary), True, 8),
         "numpy": _Call(__import__("numpy").save, str(canary), 1),
-        "getattr": _Call(getattr, os, "system"),
+        "__import__": _Call(__import__, "webbrowser"),
     }
     name = rng.choice(list(payloads))
     form = rng.choice(("zip", "bare", "legacy", "nested", "key", "in the zip's data.pkl"))
