@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import random
 from collections import Counter
 
 import pytest
 import torch
 from comfyui_modelopt.devtools.torture import damage
-from comfyui_modelopt.devtools.torture.mutations import cases, samples
+from comfyui_modelopt.devtools.torture.mutations import cases, samples, torch_files
 from comfyui_modelopt.devtools.torture.outcome import Effort
 
 SEED = 1000
@@ -59,6 +62,22 @@ for line in sys.stdin:
     if what == "swell": held = bytearray(b"x" * (1 << 28)); time.sleep(0.2)
     print(json.dumps({"outcome": "fine"}), flush=True)
 """
+
+
+def test_hostile_pickles_would_leave_a_trace(made, tmp_path):
+    """Opened without care, those that act at once make the canary."""
+    data = (made / "saved-int8.pt").read_bytes()
+    acted = set()
+    for seed in range(120):
+        canary = tmp_path / f"{seed}"
+        pickled, words = torch_files.hostile(random.Random(seed), data, canary)
+        name, form = words.split(", ")
+        if name in ("open", "exec", "Path.touch", "torch.save") and form in ("zip", "key"):
+            with contextlib.suppress(Exception):
+                torch.load(io.BytesIO(pickled), weights_only=False)
+            assert canary.exists(), words
+            acted.add(name)
+    assert len(acted) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def weight_files(path: Path) -> list[Path]:
         )
     if indexes:
         shards = [path / name for name in sorted(set(_shards(indexes[0]).values()))]
-        missing = [shard for shard in shards if not shard.is_file()]
+        missing = [shard for shard in shards if not os.path.isfile(shard)]  # also names too long
         if missing:
             raise ValueError(
                 f"every shard of the index must be there, {brief(str(missing[0]))} is missing: {AGAIN}"
