@@ -154,7 +154,7 @@ class QuantizedCheckpoint:
         """Raises ValueError (rule, value, where, remedy) for the first layer that cannot be run."""
         if not self.layers:
             raise ValueError(
-                f"a quantized checkpoint must name its quantized layers, {where} has none"
+                f"a quantized checkpoint must name its quantized layers, {where} has none: {REMEDY}"
             )
         for name, layer in self.layers.items():
             _validate_layer(name, layer, self.tensors, where)

@@ -286,6 +286,9 @@ def _header(text: str | None, where: str) -> dict:
             isinstance(part, kind) and all(isinstance(one, inside) for one in held)
         ):
             _fail_form(f"{key} in {name}", part, where)
+    for names in (header["recipe"].get("assignment") or {}).values():
+        if not all(isinstance(name, str) for name in names):
+            _fail_form("assignment in recipe", names, where)
     version = header.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(

@@ -31,6 +31,8 @@ METADATA = "modelopt_calibration"
 _RANKS = {"x": (4,), "timesteps": (1,), "context": (3,), "y": (2,)}
 # of models that are no UNet: videos have frames, and some models take a timestep for each
 _OTHER_RANKS = {"x": (3, 4, 5), "timesteps": (1, 2, 3), "context": (2, 3, 4), "y": (1, 2, 3)}
+_OF_TENSORS = ("x", "timesteps", "context", "y", "control", "kwargs", "plain")
+_KINDS = {"int": int, "float": (int, float), "str": str, "str | None": (str, type(None))}
 _WIDTHS = {"x": "in_channels", "context": "context_dim", "y": "adm_in_channels"}
 
 
@@ -201,14 +203,27 @@ def _read_header(text: str, path: Path) -> dict[str, Any]:
 
 
 def _read_run(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], signature) -> Run:
-    known = {item.name for item in fields(Run)} - {"records"}
     records = tuple(_read_record(record, tensors, signature) for record in entry["records"])
-    return Run(records, **{name: entry[name] for name in known})
+    return Run(records, **_facts(entry, Run, "records"))
+
+
+def _facts(entry: Mapping[str, Any], kind: type, *other: str) -> dict[str, Any]:
+    """The plain values of a Run or a Record, each of the kind that the class says."""
+    found = {}
+    for item in fields(kind):
+        if item.name in other:
+            continue
+        value = entry[item.name]
+        if isinstance(value, bool) or not isinstance(value, _KINDS[item.type]):
+            raise ValueError(f"{item.name} that is {brief_repr(value)}")
+        found[item.name] = value
+    return found
 
 
 def _read_record(
     entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], signature: Mapping[str, Any]
 ) -> Record:
+    _facts(entry, Record, *_OF_TENSORS)
     record = Record(**entry).map(lambda name: tensors[name])
     if not isinstance(record.plain, Mapping):
         raise ValueError(f"plain values that are no table but {record.plain!r}")

@@ -122,6 +122,10 @@ EDITS = {
         lambda t, h: h["recipe"].update(format="mixed", assignment={"0": 1}),
         "assignment in recipe of the header",
     ),
+    "assignment of no names": (
+        lambda t, h: h["recipe"].update(format="mixed", assignment={"0": [{}]}),
+        "assignment in recipe of the header",
+    ),
     "resolutions no texts": (
         lambda t, h: h.update(calibration={"records": 1, "runs": 1, "resolutions": [1]}),
         "resolutions in calibration of the header",

@@ -83,6 +83,7 @@ KINDS = {
     "whole UNet, any damage": Kind("whole-*", "whole", _ANY, 500),
     "whole UNet, hostile, checksums right": Kind("whole-*", "whole", _SEALED, 300, VALID),
     "whole UNet that changes while it is read": Kind("whole-*", "changing", _ANY, 150, CHANGING),
+    "whole UNet in stock's form, any damage": Kind("stock-*", "whole", _ANY, 250, UNSEEN),
     "calibration, any damage": Kind("calibration*", "calibration", _ANY, 700),
     "calibration, hostile, checksums right": Kind(
         "calibration*", "calibration", _SEALED, 700, VALID

@@ -26,6 +26,8 @@ def _tensors(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
+    if hasattr(tensor, "dequantize") and type(tensor) is not torch.Tensor:
+        tensor = tensor.dequantize().detach()
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -55,7 +57,7 @@ def whole(path: Path, rng: random.Random) -> Callable[[], Any]:
 
     model = LoadUNet.execute(path.name).args[0]
     if model.get_attachment(unet.ATTACHMENT) is None:
-        return lambda: "opened by stock ComfyUI"
+        return lambda: _tensors(model.model_state_dict())
     info.in_full(model)
     return lambda: _checkpoint(unet.to_checkpoint(model))
 

@@ -341,6 +341,13 @@ def sealed_texts(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         return parts.whole(False), f"{name}: {words}"
 
 
+def without_ours(data: bytes) -> bytes:
+    """The same file as stock ComfyUI's users have it: without the pack's texts."""
+    parts = Parts(data)
+    parts.metadata = {n: t for n, t in parts.metadata.items() if not n.startswith("modelopt")}
+    return parts.whole(False)
+
+
 def unsealed(data: bytes) -> bytes:
     """The same file as a version of the pack without checksums wrote it."""
     parts = Parts(data)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .safetensors import without_ours
+
 NAMES = "input_blocks.0.0", "input_blocks.1.0.in_layers.2", "input_blocks.1.1.proj_in", "out.2"
 CONFIG = {"_class_name": "UNet2DConditionModel"}
 
@@ -135,6 +137,8 @@ def _whole(folder: Path) -> None:
     }.items():
         made = engine.quantize_model(model, recipe).checkpoint
         files.write(made, folder / f"whole-{name}.safetensors")
+    ours = (folder / "whole-stock.safetensors").read_bytes()
+    (folder / "stock-form.safetensors").write_bytes(without_ours(ours))
 
 
 def _calibration(path: Path) -> None:

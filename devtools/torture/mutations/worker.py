@@ -127,7 +127,7 @@ class Worker:
         if folder.exists():
             shutil.rmtree(folder)
         for file in self.place.iterdir():
-            if file.name.startswith("whole"):
+            if file.name not in ("pipe.safetensors", "folder.safetensors"):
                 file.unlink()
 
     def open(self) -> dict:
