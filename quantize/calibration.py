@@ -223,7 +223,7 @@ def _facts(entry: Mapping[str, Any], kind: type, *other: str) -> dict[str, Any]:
 def _read_record(
     entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], signature: Mapping[str, Any]
 ) -> Record:
-    _facts(entry, Record, *_OF_TENSORS)
+    _facts({"index": 0, "kind": 0} | dict(entry), Record, *_OF_TENSORS)
     record = Record(**entry).map(lambda name: tensors[name])
     if not isinstance(record.plain, Mapping):
         raise ValueError(f"plain values that are no table but {record.plain!r}")

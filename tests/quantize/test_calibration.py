@@ -275,6 +275,10 @@ DAMAGE = {
     "no signature": (lambda h, t: h.pop("signature"), "no 'signature'"),
     "signature no dict": (lambda h, t: h.update(signature=[1]), "object"),
     "unknown field": (lambda h, t: first(h).update(noise=1), "noise"),
+    "calls a word": (lambda h, t: h["runs"][0].update(calls="x"), "calls that is 'x'"),
+    "number a list": (lambda h, t: h["runs"][0].update(number=[]), r"number that is \[\]"),
+    "prompt a list": (lambda h, t: h["runs"][0].update(prompt=[1]), r"prompt that is \[1\]"),
+    "kind no number": (lambda h, t: first(h).update(kind=True), "kind that is True"),
     "missing fact": (lambda h, t: h["runs"][0].pop("cfg"), "no 'cfg'"),
 }
 
