@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import folders, safetensors, torch_files
+from . import folders, lies, safetensors, texts, torch_files
 
 ERROR = "error that names the file"
 SAME = "equal to the undamaged one"
@@ -15,7 +15,6 @@ VALID = "opened: a whole file by its own checksums, of another model"
 UNSEEN = "opened as another: a change that a file without checksums cannot show"
 CHANGING = "opened as what was there before or after"
 KILLED = "ended by the system: cut off in place under its memory map, as any model file of ComfyUI"
-REFUSED = "refused by name"
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,16 @@ def _canary(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 _CUT = _among(safetensors.truncated, safetensors.extended, safetensors.cut_out)
 _FLIP = _among(safetensors.flipped_header, safetensors.flipped_length)
 _DATA = _among(safetensors.flipped_data, safetensors.overwritten)
-_ANY = _among(_CUT, _FLIP, _DATA, safetensors.lying, safetensors.tensors)
+_ANY = _among(_CUT, _FLIP, _DATA, lies.lying, safetensors.tensors)
 _SEALED = _among(safetensors.sealed_texts, safetensors.sealed_values, safetensors.sealed_tensors)
-_JSON = _among(_text(safetensors.changed_json), _text(safetensors.broken_json))
+_JSON = _among(_text(texts.changed_json), _text(texts.broken_json))
 
+# those of large files come last, where a short campaign leaves off
 KINDS = {
     "quantized file, cut off or out": Kind("quantized-*", "quantized", _CUT, 900),
     "quantized file, bits flipped in the header": Kind("quantized-*", "quantized", _FLIP, 900),
     "quantized file, bits flipped in the data": Kind("quantized-*", "quantized", _DATA, 900),
-    "quantized file, lying header": Kind("quantized-*", "quantized", safetensors.lying, 900),
+    "quantized file, lying header": Kind("quantized-*", "quantized", lies.lying, 900),
     "quantized file, other tensors": Kind("quantized-*", "quantized", safetensors.tensors, 700),
     "quantized file, hostile texts, checksums right": Kind(
         "quantized-*", "quantized", safetensors.sealed_texts, 900, VALID
@@ -80,10 +80,6 @@ KINDS = {
     "quantized file of before checksums": Kind(
         "quantized-*", "quantized", _ANY, 400, UNSEEN, sealed=False
     ),
-    "whole UNet, any damage": Kind("whole-*", "whole", _ANY, 500),
-    "whole UNet, hostile, checksums right": Kind("whole-*", "whole", _SEALED, 300, VALID),
-    "whole UNet that changes while it is read": Kind("whole-*", "changing", _ANY, 150, CHANGING),
-    "whole UNet in stock's form, any damage": Kind("stock-*", "whole", _ANY, 250, UNSEEN),
     "calibration, any damage": Kind("calibration*", "calibration", _ANY, 700),
     "calibration, hostile, checksums right": Kind(
         "calibration*", "calibration", _SEALED, 700, VALID
@@ -99,9 +95,13 @@ KINDS = {
     ".pt of ModelOpt, bombs": Kind("saved-*", "foreign", torch_files.bombs, 60),
     ".pt of ModelOpt, hostile pickles": Kind("saved-*", "foreign", _canary, 250),
     ".pt of ModelOpt, hostile values": Kind("saved-*", "foreign", torch_files.edited, 500, VALID),
-    "exported folder": Kind("folder-*", "foreign", _folder, 400, UNSEEN),
     "recipe of Auto Quantize": Kind("recipe*", "recipe", _JSON, 600, VALID),
-    "names in a workflow": Kind("recipe*", "names", _text(safetensors.changed_json), 300),
+    "names in a workflow": Kind("recipe*", "names", _text(texts.changed_json), 300),
+    "whole UNet, any damage": Kind("whole-*", "whole", _ANY, 500),
+    "whole UNet, hostile, checksums right": Kind("whole-*", "whole", _SEALED, 300, VALID),
+    "whole UNet that changes while it is read": Kind("whole-*", "changing", _ANY, 150, CHANGING),
+    "whole UNet in stock's form, any damage": Kind("stock-*", "whole", _ANY, 250, UNSEEN),
+    "exported folder": Kind("folder-*", "foreign", _folder, 400, UNSEEN),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import random
 import shutil
 from pathlib import Path
 
-from . import safetensors
+from . import lies, safetensors, texts
 
 INDEX = "*.safetensors.index.json"
 
@@ -41,14 +41,14 @@ def _shards(folder: Path) -> list[Path]:
 
 def _json(rng: random.Random, folder: Path) -> str:
     file = rng.choice(_texts(folder))
-    text, words = safetensors.changed_json(rng, file.read_text(encoding="utf-8"))
+    text, words = texts.changed_json(rng, file.read_text(encoding="utf-8"))
     replace(file, text)
     return f"{file.name}: {words}"
 
 
 def _broken_json(rng: random.Random, folder: Path) -> str:
     file = rng.choice(_texts(folder))
-    data, words = safetensors.broken_json(rng, file.read_text(encoding="utf-8"))
+    data, words = texts.broken_json(rng, file.read_text(encoding="utf-8"))
     replace(file, data)
     return f"{file.name}: {words}"
 
@@ -63,7 +63,7 @@ def _file(rng: random.Random, folder: Path) -> str:
 def _shard(rng: random.Random, folder: Path) -> str:
     file = rng.choice(_shards(folder))
     ways = (safetensors.truncated, safetensors.flipped_header, safetensors.flipped_length,
-            safetensors.flipped_data, safetensors.tensors, safetensors.lying,
+            safetensors.flipped_data, safetensors.tensors, lies.lying,
             safetensors.sealed_values)  # fmt: skip
     data, words = rng.choice(ways)(rng, file.read_bytes())
     replace(file, data)

@@ -10,7 +10,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from .safetensors import HOSTILE, _flipped, cut_out, overwritten
+from .safetensors import cut_out, overwritten
+from .texts import HOSTILE
+from .texts import flipped as _flipped
 
 __all__ = ["bombs", "cut_out", "edited", "flipped", "hostile", "overwritten", "parts", "truncated"]
 
