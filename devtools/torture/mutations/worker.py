@@ -127,8 +127,9 @@ class Worker:
         if folder.exists():
             shutil.rmtree(folder)
         for file in self.place.iterdir():
-            if file.name not in ("pipe.safetensors", "folder.safetensors"):
-                file.unlink()
+            if file.name in ("pipe.safetensors", "folder.safetensors"):
+                continue
+            shutil.rmtree(file) if file.is_dir() else file.unlink()  # Save makes folders
 
     def open(self) -> dict:
         """-> {"outcome": words} or {"finding": words}."""
