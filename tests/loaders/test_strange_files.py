@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfyui_modelopt.devtools.torture.mutations import samples, torch_files
 from comfyui_modelopt.loaders import foreign
-from comfyui_modelopt.loaders.foreign import folder
+from comfyui_modelopt.loaders.foreign import architecture, folder
 
 pytest.importorskip("modelopt.torch.quantization")
 
@@ -113,6 +113,15 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     refused(tmp_path, "must")
+
+
+def test_a_long_configuration_is_cut():
+    config = {"attention_head_dim": "x" * 10**5, "down_block_types": ["CrossAttn"]}
+    found = {"model_channels": 320, "channel_mult": [1], "num_heads": 8, "in_channels": 4}
+    found |= {"out_channels": 4, "context_dim": 768}
+    with pytest.raises(ValueError, match="attention heads of a level must be") as caught:
+        architecture.check(config, found, "the folder")
+    assert len(str(caught.value)) < 1000
 
 
 def test_an_error_stays_short(tmp_path):
