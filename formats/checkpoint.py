@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..utils.text import brief
 from . import FORMATS, get
 
 FORMAT_VERSION = 1
@@ -153,7 +154,7 @@ class QuantizedCheckpoint:
         """Raises ValueError (rule, value, where, remedy) for the first layer that cannot be run."""
         if not self.layers:
             raise ValueError(
-                f"a quantized checkpoint must name its quantized layers, {where} has none"
+                f"a quantized checkpoint must name its quantized layers, {where} has none: {REMEDY}"
             )
         for name, layer in self.layers.items():
             _validate_layer(name, layer, self.tensors, where)
@@ -168,7 +169,7 @@ REMEDY = "the file is damaged or was edited by hand: get it again or quantize ag
 
 
 def _fail(rule: str, found, where: str) -> None:
-    raise ValueError(f"{rule}, found {found} in {where}: {REMEDY}")
+    raise ValueError(f"{brief(rule)}, found {brief(found)} in {where}: {REMEDY}")
 
 
 def shaping_layers(names: Iterable[str]) -> set[str]:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
+from ..utils import checksums
 from ..utils.files import DTYPES, header_text, save_safetensors, whole_header
+from ..utils.text import brief, brief_repr, read_json
 from . import FORMATS, int8
 from .checkpoint import FORMAT_VERSION, INPUTS, REMEDY, Input, Layer, QuantizedCheckpoint
 
@@ -30,6 +32,7 @@ HEADER_TYPES = {
     "versions": (dict, type(None)),
     "baked_patches": (int, type(None)),
     "imported": (dict, type(None)),
+    "unet_config": (dict, type(None)),
 }
 # what the reports read of them
 INNER_TYPES = {
@@ -37,6 +40,13 @@ INNER_TYPES = {
     "calibration": {"records": int, "runs": int},
     "imported": {"kind": str, "notes": list},
     "quality": {"sqnr_db": (int, float), "worst_sqnr_db": (int, float), "records": int},
+}
+# likewise, where they are there: (kind of it, kind of what it holds)
+LISTS = {
+    ("recipe", "choices"): (list, dict),
+    ("recipe", "assignment"): (dict, list),
+    ("recipe", "goal"): (dict, object),
+    ("calibration", "resolutions"): (list, str),
 }
 COMFY_HEADER = "_quantization_metadata"
 # as many characters as Python's longest floating-point number: -2.2250738585072014e-308
@@ -182,16 +192,31 @@ def _unpacked(
 
 def check_readable(path: Path | str) -> None:
     """Raises ValueError if the file is not a whole safetensors file."""
+    metadata_of(path)
+
+
+def metadata_of(
+    path: Path | str,
+    what: str = "a quantized checkpoint",
+    remedy: str = "it is damaged or incomplete, get it again",
+) -> tuple[dict[str, str], list[str]]:
+    """Metadata and tensors' names of a whole safetensors file; raises ValueError for any other, and
+    for metadata that are not as they were saved. what, remedy: for the error."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > checksums.LONGEST_HEADER:
+            raise SafetensorError(f"a header of {length} bytes")
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"a quantized checkpoint must be a whole safetensors file, {path} is not ({error}): "
-            "it is damaged or incomplete, get it again"
+            f"{what} must be a whole safetensors file, {path} is not ({brief(str(error))}): {remedy}"
         ) from error
+    checksums.check_metadata(metadata, path)
+    return metadata, names
 
 
 def read_header(path: Path | str) -> tuple[dict, dict[str, Layer]] | None:
@@ -199,11 +224,12 @@ def read_header(path: Path | str) -> tuple[dict, dict[str, Layer]] | None:
     a safetensors file that has no header of ours. Raises ValueError in house form."""
     from safetensors import safe_open
 
-    check_readable(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        places = [key for key in file.keys() if key.rpartition(".")[2] == HEADER_TENSOR]  # noqa: SIM118
-        tensors = {} if HEADER in metadata else {key: file.get_tensor(key) for key in places[:1]}
+    metadata, names = metadata_of(path)
+    places = [key for key in names if key.rpartition(".")[2] == HEADER_TENSOR]
+    tensors = {}
+    if HEADER not in metadata and places:
+        with safe_open(path, framework="pt") as file:
+            tensors = {places[0]: file.get_tensor(places[0])}
     _, text = _unpacked(tensors, metadata)
     if text is None:
         return None
@@ -238,32 +264,40 @@ def _header(text: str | None, where: str) -> dict:
             'open it with "Load Diffusion Model" or a checkpoint loader'
         )
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        header = read_json(text)
+    except ValueError as error:
         raise ValueError(f"the header must be JSON, {where} has {error}: {REMEDY}") from error
+    if not isinstance(header, dict):
+        raise ValueError(
+            f"the header must be a table, found {brief_repr(header)} in {where}: {REMEDY}"
+        )
     for name, kinds in HEADER_TYPES.items():
-        if isinstance(header, dict) and not isinstance(header.get(name), kinds):
-            raise ValueError(
-                f"{name} of the header has the wrong form, found {header.get(name)!r} in {where}: "
-                f"{REMEDY}"
-            )
+        if not isinstance(header.get(name), kinds):
+            _fail_form(name, header.get(name), where)
     for name, inner in INNER_TYPES.items():
-        part = header.get(name) if isinstance(header, dict) else None
+        part = header.get(name)
         for key, kinds in inner.items() if part else ():
             if not isinstance(part.get(key), kinds):
-                raise ValueError(
-                    f"{key} in {name} of the header has the wrong form, found {part.get(key)!r} in "
-                    f"{where}: {REMEDY}"
-                )
-    version = header.get("format_version") if isinstance(header, dict) else None
+                _fail_form(f"{key} in {name}", part.get(key), where)
+    for (name, key), (kind, inside) in LISTS.items():
+        part = (header.get(name) or {}).get(key)
+        held = part.values() if isinstance(part, dict) else part
+        if part is not None and not (
+            isinstance(part, kind) and all(isinstance(one, inside) for one in held)
+        ):
+            _fail_form(f"{key} in {name}", part, where)
+    for names in (header["recipe"].get("assignment") or {}).values():
+        if not all(isinstance(name, str) for name in names):
+            _fail_form("assignment in recipe", names, where)
+    version = header.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(
-            f"format_version must be a number from 1, found {version!r} in {where}: {REMEDY}"
+            f"format_version must be a number from 1, found {brief_repr(version)} in {where}: {REMEDY}"
         )
     if version > FORMAT_VERSION:
         raise ValueError(
             f"this version of the pack reads files up to format_version {FORMAT_VERSION}, "
-            f"{where} has {version}: update ComfyUI-ModelOpt"
+            f"{where} has {brief_repr(version)}: update ComfyUI-ModelOpt"
         )
     return header
 
@@ -285,12 +319,13 @@ def _layer(name: str, entry, scale: torch.Tensor | None, where: str) -> Layer:
         not isinstance(entry.get(key), kind) for key, kind in fields.items()
     ):
         raise ValueError(
-            f"layer {name} must state {', '.join(fields)}, found {entry!r} in {where}: {REMEDY}"
+            f"layer {brief(name)} must state {', '.join(fields)}, found {brief_repr(entry)} in "
+            f"{where}: {REMEDY}"
         )
     if entry["format"] not in FORMATS:
         raise ValueError(
-            f"layer {name} must have a format of {', '.join(FORMATS)}, "
-            f"found {entry['format']!r} in {where}: update ComfyUI-ModelOpt"
+            f"layer {brief(name)} must have a format of {', '.join(FORMATS)}, "
+            f"found {brief_repr(entry['format'])} in {where}: update ComfyUI-ModelOpt"
         )
     shape, rank = entry.get("shape"), entry.get("rank", 0)
     if shape is not None and not (
@@ -345,5 +380,13 @@ def _positive(value) -> bool:
     return type(value) in (int, float) and 0 < value < 3.4e38
 
 
+def _fail_form(what: str, found, where: str) -> None:
+    raise ValueError(
+        f"{what} of the header has the wrong form, found {brief_repr(found)} in {where}: {REMEDY}"
+    )
+
+
 def _fail_entry(key: str, rule: str, name: str, found, where: str) -> None:
-    raise ValueError(f"{key} of {name} must be {rule}, found {found!r} in {where}: {REMEDY}")
+    raise ValueError(
+        f"{key} of {brief(name)} must be {rule}, found {brief_repr(found)} in {where}: {REMEDY}"
+    )

@@ -58,8 +58,7 @@ def _bits(parameter) -> float:
     """Bits a weight, scales and branches included; what is not quantized has 16 in the file."""
     if not isinstance(parameter, QuantizedTensor):
         return 16
-    stored = layouts.unwrap(parameter)
-    return 8 * sum(tensor.nbytes for tensor in stored.values()) / parameter.numel()
+    return 8 * layouts.nbytes(parameter) / parameter.numel()
 
 
 def blocks(model) -> dict[str, tuple[float, float]]:

@@ -181,6 +181,14 @@ def unwrap(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
+def nbytes(weight: QuantizedTensor) -> int:
+    """Bytes of a quantized weight, scales and branches included; also of stock ComfyUI's."""
+    layout = weight.layout_cls
+    ours = issubclass(layout, ModelOptLayout)
+    stored = unwrap(weight) if ours else layout.state_dict_tensors(weight._qdata, weight._params)
+    return sum(tensor.nbytes for tensor in stored.values())
+
+
 def rewrapped(weight: QuantizedTensor) -> QuantizedTensor:
     """The same quantized weight as a new tensor of the inference mode that is on, or off, now."""
     return QuantizedTensor(weight._qdata, weight._layout_cls, weight._params)

@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import comfy.sd
-from safetensors import safe_open
 
 from ..formats import files
 from ..utils.report import megabytes
@@ -21,12 +20,9 @@ def is_stock(path: str) -> bool:
 
     Raises ValueError for a damaged file.
     """
-    files.check_readable(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if files.HEADER in metadata:
-            return False
-        keys = list(file.keys())
+    metadata, keys = files.metadata_of(path)
+    if files.HEADER in metadata:
+        return False
     if any(key.rpartition(".")[2] == files.HEADER_TENSOR for key in keys):
         return False  # saved by ComfyUI's own node from a MODEL of this pack
     return files.COMFY_HEADER in metadata or any(

@@ -18,7 +18,7 @@ from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
 from ..kernels.backends import Backend
 from ..utils.capability import GPU, PRODUCTS
 from ..utils.progress import progress
-from . import compiling, dispatch, fused, layouts, ops, simulation
+from . import compiling, dispatch, fused, layouts, ops, reading, simulation
 from .device import describe
 from .eight_bit import handed_over
 from .patcher import QuantizedPatcher
@@ -30,8 +30,7 @@ UNET = "diffusion_model."
 
 def read(path: str) -> QuantizedCheckpoint:
     """Reads a file memory-mapped, through ComfyUI's own reader. Raises ValueError in house form."""
-    files.check_readable(path)
-    tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    tensors, metadata = reading.tensors_of(path)
     return files.parse(tensors, metadata, path)
 
 
@@ -209,7 +208,7 @@ def to_checkpoint(model) -> QuantizedCheckpoint:
     header = dict(info.header)
     baked = sum(1 for key in model.patches if key.startswith(UNET))
     if baked:
-        header["baked_patches"] = header.get("baked_patches", 0) + baked
+        header["baked_patches"] = (header.get("baked_patches") or 0) + baked
     layers = dict(info.layers)
     for key in model.patches:  # quantized anew, with another largest magnitude
         name = key.removeprefix(UNET).rpartition(".")[0]

@@ -7,6 +7,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
+from ..utils.text import brief_repr
+
 CALIBRATION = "modelopt_calibration"
 CHECKPOINTS = "modelopt_checkpoints"
 UNETS = "diffusion_models"
@@ -62,7 +64,7 @@ def find_checkpoint(name: str) -> str:
         if os.path.exists(path):
             return path
     raise ValueError(
-        f"a checkpoint to import must lie in {root_of(CHECKPOINTS)}, got {name!r}, which is not "
+        f"a checkpoint to import must lie in {root_of(CHECKPOINTS)}, got {brief_repr(name)}, which is not "
         "there: put it there, or press R to refresh"
     )
 
@@ -73,7 +75,7 @@ def find(folder: str, name: str) -> str:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         raise ValueError(
-            f"the file must lie in ComfyUI's {folder} folder, got {name!r}, which is not in "
+            f"the file must lie in ComfyUI's {folder} folder, got {brief_repr(name)}, which is not in "
             f"{root_of(folder)}: choose another, or press R to refresh"
         )
     return path
@@ -114,7 +116,7 @@ def why_not(folder: str, prefix: str) -> str | None:
         return None
     return (
         "a filename prefix must name a file inside ComfyUI's models folder, got "
-        f"{prefix!r} in filename_prefix: use a plain name such as 'mine' or 'sdxl/mine'"
+        f"{brief_repr(prefix)} in filename_prefix: use a plain name such as 'mine' or 'sdxl/mine'"
     )
 
 

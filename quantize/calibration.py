@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..formats import files
+from ..utils import checksums
 from ..utils.files import save_safetensors
+from ..utils.finite import all_finite
+from ..utils.text import brief, brief_repr, read_json
 from .records import Record, Run, digest, keep
 from .thinning import shares
 
@@ -27,6 +31,8 @@ METADATA = "modelopt_calibration"
 _RANKS = {"x": (4,), "timesteps": (1,), "context": (3,), "y": (2,)}
 # of models that are no UNet: videos have frames, and some models take a timestep for each
 _OTHER_RANKS = {"x": (3, 4, 5), "timesteps": (1, 2, 3), "context": (2, 3, 4), "y": (1, 2, 3)}
+_OF_TENSORS = ("x", "timesteps", "context", "y", "control", "kwargs", "plain")
+_KINDS = {"int": int, "float": (int, float), "str": str, "str | None": (str, type(None))}
 _WIDTHS = {"x": "in_channels", "context": "context_dim", "y": "adm_in_channels"}
 
 
@@ -152,15 +158,16 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     Raises ValueError for a file that is truncated, of something else, damaged, or newer than this.
     """
     path = Path(path)
+    metadata, _ = files.metadata_of(path, "a calibration file", "copy it again or record it again")
+    if METADATA not in metadata:
+        raise ValueError(
+            f"a calibration file must have a {METADATA} header, got none in {path}: "
+            "choose a file that Save Calibration wrote"
+        )
+    header = _read_header(metadata[METADATA], path)
+    checksums.check(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if METADATA not in metadata:
-                raise ValueError(
-                    f"a calibration file must have a {METADATA} header, got none in {path}: "
-                    "choose a file that Save Calibration wrote"
-                )
-            header = _read_header(metadata[METADATA], path)
             tensors = {name: keep(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
@@ -173,14 +180,14 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         found = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"a calibration file must be as it was saved, got {found} in {path}: "
+            f"a calibration file must be as it was saved, got {brief(str(found))} in {path}: "
             "copy it again or record it again"
         ) from error
 
 
 def _read_header(text: str, path: Path) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = read_json(text)
         version = header["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -190,20 +197,33 @@ def _read_header(text: str, path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(
             f"this pack reads calibration files of format version {FORMAT_VERSION}, got "
-            f"{version!r} in {path}: update the pack or record it again"
+            f"{brief_repr(version)} in {path}: update the pack or record it again"
         )
     return header
 
 
 def _read_run(entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], signature) -> Run:
-    known = {item.name for item in fields(Run)} - {"records"}
     records = tuple(_read_record(record, tensors, signature) for record in entry["records"])
-    return Run(records, **{name: entry[name] for name in known})
+    return Run(records, **_facts(entry, Run, "records"))
+
+
+def _facts(entry: Mapping[str, Any], kind: type, *other: str) -> dict[str, Any]:
+    """The plain values of a Run or a Record, each of the kind that the class says."""
+    found = {}
+    for item in fields(kind):
+        if item.name in other:
+            continue
+        value = entry[item.name]
+        if isinstance(value, bool) or not isinstance(value, _KINDS[item.type]):
+            raise ValueError(f"{item.name} that is {brief_repr(value)}")
+        found[item.name] = value
+    return found
 
 
 def _read_record(
     entry: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], signature: Mapping[str, Any]
 ) -> Record:
+    _facts({"index": 0, "kind": 0} | dict(entry), Record, *_OF_TENSORS)
     record = Record(**entry).map(lambda name: tensors[name])
     if not isinstance(record.plain, Mapping):
         raise ValueError(f"plain values that are no table but {record.plain!r}")
@@ -221,6 +241,6 @@ def _read_record(
         width = signature.get(_WIDTHS.get(name))
         if width is not None and shape[1 if name == "x" else -1] != width:
             raise ValueError(f"{name} with shape {shape} for {_WIDTHS[name]} {width}")
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+        if not tensor.is_floating_point() or not all_finite(tensor):
             raise ValueError(f"values in {name} that are not finite floating point numbers")
     return record

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
+from ..utils.text import brief_repr, read_json
 from .layers import kind_of
 from .recipe import AWQ, AWQ_FULL, LayerPlan, Recipe, plan
 
@@ -74,15 +76,15 @@ def write(recipe: Mixed) -> str:
 def read(text: str, where: str = "the recipe") -> Mixed:
     """JSON text of `write` -> the recipe. Raises ValueError for anything else."""
     try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        given = read_json(text)
+    except ValueError as error:
         raise ValueError(f"a recipe must be JSON, {where} is not ({error}): {REMEDY}") from error
     if not isinstance(given, dict) or given.get("kind") != KIND:
         raise ValueError(f"a recipe must be of the kind {KIND!r}, {where} is not: {REMEDY}")
     version = given.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"this pack reads recipes of format version {FORMAT_VERSION}, {where} has {version!r}: "
+            f"this pack reads recipes of format version {FORMAT_VERSION}, {where} has {brief_repr(version)}: "
             "update the pack, or make the recipe again"
         )
     choices = given.get("choices")
@@ -92,7 +94,18 @@ def read(text: str, where: str = "the recipe") -> Mixed:
     if not isinstance(goal, dict):
         _fail("goal must be a table", goal, where)
     made = tuple(_choice(choice, where) for choice in choices)
-    return Mixed(made, _assignment(given.get("assignment"), where), goal)
+    assignment = _assignment(given.get("assignment"), where)
+    with _named(where):
+        return Mixed(made, assignment, goal)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Says where a recipe came from that breaks a rule of recipes."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where} breaks a rule of recipes: {error}") from error
 
 
 def _choice(given: Any, where: str) -> Recipe:
@@ -103,7 +116,8 @@ def _choice(given: Any, where: str) -> Recipe:
     for name, value in given.items():
         if name not in known or not isinstance(value, known[name]) or isinstance(value, bool):
             _fail(f"a choice's options must be those of a recipe ({', '.join(known)})", name, where)
-    return Recipe(**given)
+    with _named(where):
+        return Recipe(**given)
 
 
 def _assignment(given: Any, where: str) -> dict[str, int]:
@@ -122,8 +136,7 @@ def _assignment(given: Any, where: str) -> dict[str, int]:
 
 
 def _fail(rule: str, found: Any, where: str) -> None:
-    shown = repr(found)
-    raise ValueError(f"{rule}, found {shown[:60]} in {where}: {REMEDY}")
+    raise ValueError(f"{rule}, found {brief_repr(found)} in {where}: {REMEDY}")
 
 
 def plan_mixed(

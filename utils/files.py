@@ -7,11 +7,14 @@ import json
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+
+from . import checksums
 
 # bytes written between two looks at the user's cancel
 PIECE = 2**25
@@ -46,8 +49,10 @@ def save_safetensors(
 ) -> None:
     """Writes beside `path`, flushes to disk, then gives the file its name.
 
-    reserved: bytes that the header takes at least, the rest of them spaces. Tensors are copied to the CPU one at a time. `step` is called with the bytes of each piece
-    written; what it raises ends the saving. The same tensors and metadata give the same bytes.
+    reserved: bytes that the header takes at least, the rest of them spaces. Tensors are copied to the
+    CPU one at a time. `step` is called with the bytes of each piece written; what it raises ends the
+    saving. The same tensors and metadata give the same bytes. The header gets the checksums of all
+    of it (`checksums`).
     Raises NameTaken if `path` exists, OSError (with what was needed and what was found) if the
     folder cannot be written or is full. On any error nothing is left behind.
     """
@@ -103,9 +108,12 @@ def header_text(
     tensors: dict[str, torch.Tensor],
     metadata: dict[str, str],
     names: Mapping[torch.dtype, str] = DTYPES,
+    found: Mapping[str, int] | None = None,
 ) -> bytes:
-    """The header's JSON, without the spaces after it. Tensors may be meta ones. names: of dtypes."""
-    header: dict = {"__metadata__": dict(sorted(metadata.items()))}
+    """The header's JSON, without the spaces after it. Tensors may be meta ones. names: of dtypes.
+    found: the tensors' checksums, once they are known; the text is as long without."""
+    sums = checksums.entry(metadata, found or dict.fromkeys(tensors, 0))
+    header: dict = {"__metadata__": dict(sorted({**metadata, checksums.ENTRY: sums}.items()))}
     end = 0
     for name in _order(tensors):
         tensor = tensors[name]
@@ -140,12 +148,17 @@ def _write(
     text = header_text(tensors, metadata)
     length = whole_header(max(len(text), reserved)) - 8
     file.write(length.to_bytes(8, "little") + text.ljust(length))
+    found = {}
     for name in _order(tensors):
-        data = memoryview(
-            tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        )
+        tensor = tensors[name]
+        found[name] = checksums.start_of_tensor(name, DTYPES[tensor.dtype], tensor.shape)
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         for start in range(0, len(data), PIECE):
-            step(file.write(data[start : start + PIECE]))
+            piece = data[start : start + PIECE]
+            found[name] = zlib.crc32(piece, found[name])
+            step(file.write(piece))
+    file.seek(8)
+    file.write(header_text(tensors, metadata, found=found))
 
 
 def _rename_new(partial: Path, path: Path) -> None:

@@ -14,7 +14,7 @@ from ..common import ROOT, say
 from .outcome import Effort, Row
 
 # modules of this package, in the order in which they run
-CAMPAIGNS: tuple[str, ...] = ("conversions",)
+CAMPAIGNS: tuple[str, ...] = ("damage", "conversions")
 RESULTS = ROOT / "benchmarks" / "results" / "torture.json"
 
 

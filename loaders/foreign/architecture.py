@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ...utils.text import brief
+
 UNET = "UNet2DConditionModel"
 # diffusers' name -> what every UNet of ComfyUI's is built with
 FIXED = {
@@ -64,7 +66,7 @@ def _heads(width: int, found: Mapping[str, object]) -> int:
 
 def _fail(rule: str, wanted: object, given: object, where: str) -> None:
     raise ValueError(
-        f"{rule} {wanted} in ComfyUI's UNet with these weights, the configuration says {given} in "
+        f"{rule} {wanted} in ComfyUI's UNet with these weights, the configuration says {brief(given)} in "
         f"{where}: get weights and configuration of the same UNet; another architecture cannot be "
         "imported"
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from ...formats.checkpoint import Input, Layer, QuantizedCheckpoint
+from ...utils.finite import all_finite
 
 
 def unquantized(
@@ -16,7 +17,7 @@ def unquantized(
     """Tensors under ComfyUI's names. Raises ValueError for NaN."""
     made = {}
     for key, tensor in plain.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(
                 f"weights must be finite, {key} in {where} holds NaN or infinity: the file is "
                 "damaged, get it again"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ...utils import packages
+from ...utils.text import brief
 
 
-def fake_quantized(name: str, weight: torch.Tensor, quantizer) -> torch.Tensor:
+def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> torch.Tensor:
     """The float32 weight that the restored ModelOpt layer multiplies with.
 
     quantizer: a `quantizers.Quantizer`. Raises ValueError where ModelOpt is missing or cannot.
@@ -16,26 +17,27 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer) -> torch.Tensor:
         return weight.float()
     if (missing := packages.why_missing(packages.MODELOPT)) is not None:
         raise ValueError(
-            f"{name} has numerics that only ModelOpt itself can compute, but {missing}"
+            f"{name} in {where} has numerics that only ModelOpt itself can compute, but {missing}"
         )
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     value = weight.float()
     for index, state in enumerate(quantizer.states):
         prefix = f"{index}." if len(quantizer.states) > 1 else ""
-        member = TensorQuantizer()
-        member.set_from_modelopt_state(state)
         own = {
             key.removeprefix(prefix): tensor.to(torch.float32)
             for key, tensor in quantizer.tensors.items()
             if key.startswith(prefix) and key.removeprefix(prefix) == "_amax"
         }
-        member.load_state_dict(own, strict=False)
         try:
+            member = TensorQuantizer()
+            member.set_from_modelopt_state(state)
+            member.load_state_dict(own, strict=False)
             value = member(value)
-        except (RuntimeError, NotImplementedError, AssertionError) as error:
+        except Exception as error:  # states and scales are the file's: any kind of error
             raise ValueError(
-                f"ModelOpt must be able to compute {name}'s weight here, it cannot ({error}): "
-                "import the checkpoint on a machine with an NVIDIA GPU"
+                f"ModelOpt must be able to compute {name}'s weight here, it cannot "
+                f"({brief(str(error))}) in {where}: import the checkpoint on a machine with an NVIDIA "
+                "GPU; where that cannot either, the file is damaged, get it again"
             ) from error
     return value.float()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
-import comfy.utils
 import torch
 
-from ...formats import files
+from ...utils import checksums
+from ...utils.text import brief, read_json
+from .. import reading
 
 STATE = "modelopt_state.pth"
 COMPONENTS = ("unet",)
@@ -27,15 +28,26 @@ def component(path: Path) -> Path:
 def config(path: Path) -> dict:
     """config.json of a folder. Raises ValueError where it is missing or no object."""
     file = path / CONFIG
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():
         raise ValueError(
             f"an exported folder must hold {CONFIG}, {path} does not: name the folder that "
             "save_pretrained or export_hf_checkpoint wrote"
-        ) from None
+        )
+    return _object(file)
+
+
+def _object(file: Path) -> dict:
+    """The object in a JSON file."""
+    try:
+        if not file.is_file():  # a pipe, or a link to a device, would be read without an end
+            raise ValueError("no file")
+        with file.open("rb") as opened:
+            text = opened.read(checksums.LONGEST_HEADER + 1)
+        if len(text) > checksums.LONGEST_HEADER:
+            raise ValueError(f"more than {checksums.LONGEST_HEADER} bytes")
+        found = read_json(text.decode("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} must be JSON, found {error}: {AGAIN}") from error
+        raise ValueError(f"{file} must be JSON, found {brief(str(error))}: {AGAIN}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must be a JSON object, found {type(found).__name__}: {AGAIN}")
     return found
@@ -50,13 +62,13 @@ def weight_files(path: Path) -> list[Path]:
         )
     if indexes:
         shards = [path / name for name in sorted(set(_shards(indexes[0]).values()))]
-        missing = [shard for shard in shards if not shard.is_file()]
+        missing = [shard for shard in shards if not os.path.isfile(shard)]  # also names too long
         if missing:
             raise ValueError(
-                f"every shard of the index must be there, {missing[0]} is missing: {AGAIN}"
+                f"every shard of the index must be there, {brief(str(missing[0]))} is missing: {AGAIN}"
             )
         return shards
-    found = sorted(path.glob("*.safetensors"))
+    found = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if len(found) != 1:
         raise ValueError(
             "an exported folder must hold one .safetensors file or an index of several, "
@@ -69,14 +81,13 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of the folder, memory-mapped. Raises ValueError where something is missing."""
     merged: dict[str, torch.Tensor] = {}
     for file in weight_files(path):
-        files.check_readable(file)
-        merged |= comfy.utils.load_torch_file(str(file))
+        merged |= reading.tensors_of(file)[0]
     for index in path.glob("*.safetensors.index.json"):
         missing = sorted(_shards(index).keys() - merged.keys())
         if missing:
             raise ValueError(
                 f"the shards must hold every tensor of the index, {path} lacks {len(missing)}, "
-                f"the first {missing[0]}: {AGAIN}"
+                f"the first {brief(missing[0])}: {AGAIN}"
             )
     return merged
 
@@ -84,10 +95,10 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def _shards(index: Path) -> dict[str, str]:
     """Tensor name -> file name, which must stay in the folder."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = _object(index)["weight_map"]
         good = all(isinstance(n, str) and n.endswith(".safetensors") for n in names.values())
         good = good and all(Path(n).name == n for n in names.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"an index must hold a weight_map, {index} has {error!r}: {AGAIN}"
         ) from error

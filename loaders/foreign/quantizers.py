@@ -132,7 +132,7 @@ def convert(
             scale = weights.tensors["_scale"].dtype
             dtype = scale if scale in SIXTEEN_BITS else torch.float32
         else:
-            dense = _fake_quantized(name, weight, weights)
+            dense = _fake_quantized(name, weight, weights, where)
         if up is not None:
             dense = dense + up.float() @ down.float()
         return {"weight": _unsmoothed(dense, smoothing).to(dtype)}, None, reason
@@ -189,7 +189,9 @@ def input_of(quantizer: Quantizer) -> Input | None:
     return Input(form, amax.float().item())
 
 
-def _fake_quantized(name: str, weight: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+def _fake_quantized(
+    name: str, weight: torch.Tensor, quantizer: Quantizer, where: str
+) -> torch.Tensor:
     """float32, as the ModelOpt layer multiplies with it. ModelOpt's kernels for NVFP4 and MXFP8 run
     on CUDA only; ours give the same values."""
     if quantizer.numerics() in ((NVFP4,), (MXFP8,)) and quantizer.enabled:
@@ -198,7 +200,7 @@ def _fake_quantized(name: str, weight: torch.Tensor, quantizer: Quantizer) -> to
         return rounded(weight.float(), Input(quantizer.numerics()[0], amax or None))
     from .dense import fake_quantized
 
-    return fake_quantized(name, weight, quantizer)
+    return fake_quantized(name, weight, quantizer, where)
 
 
 def _why_not(found, kind, shape, numerics, inputs) -> str | None:

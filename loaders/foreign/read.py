@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import comfy.utils
 import torch
 
-from ...formats import files
 from ...formats.checkpoint import QuantizedCheckpoint
 from ...utils import sha256
-from .. import unet
+from ...utils.text import read_json
+from .. import reading, unet
 from . import architecture, folder, torch_file
 from .restored import Restored
 from .unified import Exported
@@ -79,8 +77,7 @@ def _of_file(path: Path) -> Restored:
 
 def _of_safetensors(path: Path) -> Exported:
     """A unified export outside its folder."""
-    files.check_readable(path)
-    found, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    found, metadata = reading.tensors_of(path)
     if not any(key.endswith(".weight_scale") for key in found):
         raise ValueError(
             f"a .safetensors to import must be ModelOpt's unified export, {path} has no weight with "
@@ -88,8 +85,8 @@ def _of_safetensors(path: Path) -> Exported:
             "mto.save"
         )
     try:
-        quantization = json.loads((metadata or {}).get("quantization_config", "null"))
-    except (ValueError, RecursionError) as error:
+        quantization = read_json(metadata.get("quantization_config", "null"))
+    except ValueError as error:
         raise ValueError(
             f"quantization_config of the header must be JSON, {path} has {error}: get it again"
         ) from error

@@ -27,7 +27,7 @@ class Restored:
             isinstance(key, str) and _is_dense(t) for key, t in state.items()
         ):
             raise ValueError(
-                f"model_state_dict must hold tensors only, {where} does not: get it again"
+                f"model_state_dict must hold whole tensors only, {where} does not: get it again"
             )
         self.plain: dict[str, torch.Tensor] = {}
         self.quantizers = {name: Quantizer(one) for name, one in self.states.items()}
@@ -171,8 +171,10 @@ def _quantizer_states(saved, where: str) -> tuple[dict[str, list[dict]], str]:
 
 
 def _is_dense(tensor) -> bool:
-    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-    return plain and not tensor.is_meta
+    """Whether every value of it lies in the file: one value may be said to fill gigabytes."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _is_state(state) -> bool:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import torch
 
+from ...utils.text import brief
+
+PIECE = 2**22
+
 
 class QTensor:
     """Stands in for ModelOpt's classes of packed weights, whose names its files hold."""
@@ -31,6 +35,7 @@ def load(path: Path) -> object:
             f"a checkpoint must be in torch.save's zip form, {path} is not: it is damaged, or "
             "written by an old torch; save it again with mto.save"
         )
+    _check_members(path)
     try:
         # leaving the context takes away what it allowed, even where it was allowed before
         known = slice in torch.serialization.get_safe_globals()
@@ -46,6 +51,34 @@ def load(path: Path) -> object:
             f"a checkpoint must be a whole file of torch.save, {path} is not ({_cause(error)}): "
             "get it again"
         ) from error
+
+
+def _check_members(path: Path) -> None:
+    """That the zip's members are as torch writes them: stored as they are, no larger than the file, and
+    with the checksums it has of them. torch itself unpacks what is packed, however large it gets, and
+    looks at no checksum of what it maps into memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
+            large = sum(m.file_size for m in members) > path.stat().st_size
+            # torch.serialization.set_crc32_options(False) leaves them all 0
+            summed = any(m.CRC for m in members) and not packed and not large
+            for member in members if summed else ():
+                with archive.open(member) as data:
+                    while data.read(PIECE):
+                        pass
+    except Exception as error:  # a damaged directory meets nearly every kind of error, too
+        raise ValueError(
+            f"a checkpoint must be a whole file of torch.save, {path} is not "
+            f"({brief(str(error))}): get it again"
+        ) from error
+    if packed or large:
+        raise ValueError(
+            "a checkpoint must hold its data as it is, as torch.save writes it, "
+            f"{brief(packed[0] if packed else 'the data')} in {path} unpacks to more than the file "
+            "holds: do not use this file unless you know who made it"
+        )
 
 
 def _cause(error: Exception) -> str:

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from comfyui_modelopt.devtools.server import PromptRejected
+from comfyui_modelopt.utils import checksums
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -109,6 +110,7 @@ def test_damaged_files(server, good):
     folder = good.parent
     with safe_open(good, framework="pt") as file:
         metadata = file.metadata()
+    sums = {checksums.ENTRY: metadata.pop(checksums.ENTRY)}
     tensors = load_file(good)
     layer = next(k for k in tensors if k.endswith("proj_in.weight"))
     (folder / "truncated.safetensors").write_bytes(good.read_bytes()[:-1000])
@@ -116,7 +118,13 @@ def test_damaged_files(server, good):
     save_file(tensors | {layer: tensors[layer][:8]}, folder / "shape.safetensors", metadata)
     gone = {k: v for k, v in tensors.items() if not k.endswith("norm1.bias")}
     save_file(gone, folder / "gone.safetensors", metadata)
+    save_file(gone, folder / "fewer.safetensors", metadata | sums)
+    data = bytearray(good.read_bytes())
+    data[-1] ^= 1
+    (folder / "flipped.safetensors").write_bytes(data)
     wanted = {
+        "fewer": "tensors that were saved",
+        "flipped": "must be those that were saved",
         "truncated": "damaged or incomplete",
         "foreign": "must have been saved by this pack",
         "shape": "weight_scale of",

@@ -8,7 +8,8 @@ import comfy.sd
 import pytest
 import torch
 from comfyui_modelopt.formats import files
-from comfyui_modelopt.loaders import stock
+from comfyui_modelopt.loaders import info, stock
+from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import Recipe
 from safetensors.torch import load_file, save_file
@@ -47,6 +48,10 @@ def test_stock_forms(quantized, tmp_path, recipe, form):
             comfy.sd.load_diffusion_model(path), made.records[:2], lambda: None
         )
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    shown, same = info.blocks(model), info.blocks(loader.load(made.checkpoint))  # on the node
+    assert {name: bits for name, (bits, _) in shown.items()} == pytest.approx(
+        {name: bits for name, (bits, _) in same.items()}, rel=1e-3
+    )
     text = stock.describe(model, path)
     comfy_format = next(iter(layers.values()))["format"]
     count = sum(1 for x in layers.values() if x["format"] == comfy_format)

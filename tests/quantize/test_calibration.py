@@ -222,7 +222,9 @@ def test_a_truncated_file_is_refused(tmp_path, part):
     data = save(a_calibration(), tmp_path / "a.safetensors").read_bytes()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(data[: part if isinstance(part, int) else int(part * len(data))])
-    with pytest.raises(ValueError, match=r"whole safetensors file, got .*cut.*: copy it again"):
+    with pytest.raises(
+        ValueError, match=r"whole safetensors file, .*cut.* is not .*: copy it again"
+    ):
         load(cut)
 
 
@@ -273,6 +275,10 @@ DAMAGE = {
     "no signature": (lambda h, t: h.pop("signature"), "no 'signature'"),
     "signature no dict": (lambda h, t: h.update(signature=[1]), "object"),
     "unknown field": (lambda h, t: first(h).update(noise=1), "noise"),
+    "calls a word": (lambda h, t: h["runs"][0].update(calls="x"), "calls that is 'x'"),
+    "number a list": (lambda h, t: h["runs"][0].update(number=[]), r"number that is \[\]"),
+    "prompt a list": (lambda h, t: h["runs"][0].update(prompt=[1]), r"prompt that is \[1\]"),
+    "kind no number": (lambda h, t: first(h).update(kind=True), "kind that is True"),
     "missing fact": (lambda h, t: h["runs"][0].pop("cfg"), "no 'cfg'"),
 }
 

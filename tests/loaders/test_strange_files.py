@@ -1,0 +1,133 @@
+"""Strangers' checkpoints of torch.save and exported folders: refused by name, bounded, never executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+
+import pytest
+import torch
+from comfyui_modelopt.devtools.torture.mutations import samples, torch_files
+from comfyui_modelopt.loaders import foreign
+from comfyui_modelopt.loaders.foreign import architecture, folder
+
+pytest.importorskip("modelopt.torch.quantization")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    made = tmp_path_factory.mktemp("saved")
+    with torch.random.fork_rng():
+        samples._saved(made)
+    return made / "saved-int8.pt"
+
+
+def put(tmp_path, data: bytes):
+    path = tmp_path / "strange.pt"
+    path.write_bytes(data)
+    return path
+
+
+def refused(path, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        foreign.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_flipped_bit_in_a_tensor(saved, tmp_path):
+    """torch maps tensors into memory and looks at no checksum of them."""
+    data = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        member = max(archive.infolist(), key=lambda one: one.file_size)
+    data[member.header_offset + 200] ^= 1
+    path = put(tmp_path, data)
+    torch.load(path, weights_only=True, mmap=True)
+    refused(path, "must be a whole file of torch.save.*Bad CRC-32")
+
+
+def test_a_file_written_without_checksums(saved, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(torch.load(saved, weights_only=True), tmp_path / "without.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert foreign.read(tmp_path / "without.pt").layers == foreign.read(saved).layers
+
+
+def test_packed_members(saved, tmp_path):
+    members = torch_files._members(saved.read_bytes())
+    members["archive/bomb"] = bytes(2**24)
+    path = put(tmp_path, torch_files._zipped(members, packed=True))
+    assert path.stat().st_size < 10**5
+    refused(path, "must hold its data as it is.*unpacks to more than the file holds")
+
+
+@pytest.mark.parametrize("shape", [(2**14, 2**14), (2**40,)])
+def test_a_value_stretched_over_gigabytes(saved, tmp_path, shape):
+    objects = torch.load(saved, weights_only=True)
+    objects["model_state_dict"]["out.0.weight"] = torch.ones(1).expand(shape)
+    torch.save(objects, tmp_path / "strange.pt")
+    refused(tmp_path / "strange.pt", "must hold whole tensors only")
+
+
+def test_a_directory_that_is_no_text(saved, tmp_path):
+    data = saved.read_bytes()
+    place = data.index(b"PK\x01\x02")
+    made = data[:place] + data[place:].replace(b"data.pkl", b"data.\xff\xff\xff", 1)
+    made = made[: place + 8] + b"\x00\x08" + made[place + 10 :]  # names in UTF-8
+    refused(put(tmp_path, made), "must be a whole file of torch.save")
+
+
+def test_scales_that_modelopt_refuses(saved, tmp_path):
+    """Of a layer whose numerics ModelOpt computes."""
+    path = saved.with_name("saved-int4.pt")
+    objects = torch.load(path, weights_only=True)
+    name = f"{samples.NAMES[1]}.weight_quantizer._amax"
+    objects["model_state_dict"][name] = -objects["model_state_dict"][name]
+    torch.save(objects, tmp_path / "strange.pt")
+    refused(
+        tmp_path / "strange.pt", f"ModelOpt must be able to compute {samples.NAMES[1]}'s weight"
+    )
+
+
+# ---- folders
+
+
+def test_deep_json(tmp_path):
+    (tmp_path / folder.CONFIG).write_text("[" * 100_000 + "]" * 100_000)
+    refused(tmp_path, "must be JSON, found values nested more than 64 deep")
+
+
+def test_json_without_an_end(tmp_path):
+    with (tmp_path / folder.CONFIG).open("wb") as file:
+        file.truncate(2**31)
+    refused(tmp_path, "must be JSON, found more than 16777216 bytes")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+@pytest.mark.parametrize("name", [folder.CONFIG, "x.safetensors", "x.safetensors.index.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    (tmp_path / folder.CONFIG).write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    refused(tmp_path, "must")
+
+
+def test_a_long_configuration_is_cut():
+    config = {"attention_head_dim": "x" * 10**5, "down_block_types": ["CrossAttn"]}
+    found = {"model_channels": 320, "channel_mult": [1], "num_heads": 8, "in_channels": 4}
+    found |= {"out_channels": 4, "context_dim": 768}
+    with pytest.raises(ValueError, match="attention heads of a level must be") as caught:
+        architecture.check(config, found, "the folder")
+    assert len(str(caught.value)) < 1000
+
+
+def test_an_error_stays_short(tmp_path):
+    (tmp_path / folder.CONFIG).write_text("{}")
+    names = {"weight_map": {"a": "x" * 10**6 + ".safetensors"}}
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match="every shard of the index must be there") as caught:
+        foreign.read(tmp_path)
+    assert len(str(caught.value)) < 1000

@@ -1,0 +1,119 @@
+"""What a file holds is checked at loading: every bit of it, with the name of what differs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from comfyui_modelopt.utils import checksums
+from comfyui_modelopt.utils.files import save_safetensors
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"b": torch.arange(40, dtype=torch.int8), "a": torch.randn(3, 5), "c": torch.ones(0)}
+    save_safetensors(tensors, path, {"ours": "{}", "more": "ä"})
+    return path
+
+
+def start_of_data(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def test_a_good_file(saved):
+    assert checksums.check(saved)
+
+
+def test_every_flipped_bit_of_the_data_is_found(saved):
+    data = saved.read_bytes()
+    start = start_of_data(data)
+    for place in range(start, len(data)):
+        for bit in (0, 7):
+            made = bytearray(data)
+            made[place] ^= 1 << bit
+            saved.write_bytes(made)
+            name = "a" if place < start + 60 else "b"  # wide dtypes come first
+            with pytest.raises(ValueError, match=f"the bytes of {name} must be.*x.safetensors"):
+                checksums.check(saved)
+
+
+def test_tensors_that_changed_places(saved):
+    """Alike in dtype and shape, so that nothing else shows it."""
+    save_safetensors(
+        {"a": torch.ones(4), "b": torch.zeros(4)}, saved.with_name("y.safetensors"), {"ours": "{}"}
+    )
+    path = saved.with_name("y.safetensors")
+    data = path.read_bytes()
+    swapped = data.replace(b'"a":', b'"?":').replace(b'"b":', b'"a":').replace(b'"?":', b'"b":')
+    path.write_bytes(swapped)
+    assert torch.equal(load_file(path)["a"], torch.zeros(4))
+    with pytest.raises(ValueError, match="the bytes of a must be those that were saved"):
+        checksums.check(path)
+
+
+def rewritten(path, change):
+    """Saved by other code, with the metadata of before."""
+    data = path.read_bytes()
+    metadata = json.loads(data[8 : start_of_data(data)])["__metadata__"]
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("a"), "the 3 tensors that were saved, found 2"),
+        (lambda t, m: t.update(a=t["a"].half()), "the bytes of a must be"),
+        (lambda t, m: t.update(a=t["a"].reshape(5, 3)), "the bytes of a must be"),
+        (lambda t, m: m.update(ours="[]"), "ours of the header must be as it was saved"),
+        (lambda t, m: m.pop("more"), "more is missing"),
+        (lambda t, m: m.update({checksums.ENTRY: "{}"}), "must list checksums, found '{}'"),
+        (lambda t, m: m.update({checksums.ENTRY: "[" * 9999}), "must list checksums"),
+    ],
+)
+def test_what_else_is_found(saved, change, message):
+    rewritten(saved, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        checksums.check(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_what_may_change(saved):
+    """Other order, other padding, metadata of others; and files without checksums."""
+    rewritten(saved, lambda t, m: m.update({"modelspec.title": "mine"}))
+    assert checksums.check(saved)
+    rewritten(saved, lambda t, m: m.pop(checksums.ENTRY))
+    assert not checksums.check(saved)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(saved, monkeypatch):
+    """A short read is an error with the file's name; a mapped file would end the process."""
+    header = checksums._header
+
+    def cut(file, path):
+        found = header(file, path)
+        data = saved.read_bytes()
+        saved.write_bytes(data[: start_of_data(data) + 30])
+        return found
+
+    monkeypatch.setattr(checksums, "_header", cut)
+    with pytest.raises(ValueError, match="30 bytes of a are missing at the end of .*x.safetensors"):
+        checksums.check(saved)
+
+
+def test_in_several_threads_as_in_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "WORTH_A_THREAD", 1000)
+    monkeypatch.setattr(checksums, "PIECE", 333)
+    path = tmp_path / "x.safetensors"
+    tensors = {f"t{i}": torch.randint(0, 9, (100 + i,), dtype=torch.uint8) for i in range(50)}
+    save_safetensors(tensors, path, {"ours": "{}"})
+    assert checksums.check(path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="the bytes of t9 must be"):
+        checksums.check(path)
