@@ -40,7 +40,7 @@ def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
     compiled: its blocks go through torch.compile at the first call. Raises ValueError for a file that
     is damaged, foreign or too new.
     """
-    step = progress(3)
+    step = progress(2)
     checkpoint = read(path)
     step()
     model = load(checkpoint, where=path, takes=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..loaders import foreign
@@ -47,9 +49,13 @@ class ExportCheckpoint(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix: str) -> io.NodeOutput:
         checkpoint = loader.to_checkpoint(model)
-        path = str(folders.new_path(folders.CHECKPOINTS, filename_prefix, ".pt"))
-        config = model.model.model_config.unet_config
-        step = progress(len(checkpoint.layers))
-        notes = export.write(checkpoint, config, foreign.of_model(model), path, step)
+        config, names = model.model.model_config.unet_config, foreign.of_model(model)
+        notes: list[str] = []
+
+        def write(path: Path) -> None:
+            step = progress(len(checkpoint.layers))
+            notes[:] = export.write(checkpoint, config, names, path, step)
+
+        path = folders.write_new(folders.CHECKPOINTS, filename_prefix, write, ".pt")
         report = "\n".join([f"Written to {path}", *notes])
         return io.NodeOutput(path, report, ui=shown(report))

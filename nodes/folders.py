@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import folder_paths
 
 from ..utils.text import brief_repr
+from ..utils.whole_file import NameTaken
 
+log = logging.getLogger(__name__)
 CALIBRATION = "modelopt_calibration"
 CHECKPOINTS = "modelopt_checkpoints"
 UNETS = "diffusion_models"
@@ -19,6 +23,8 @@ OWN = {
 }
 # a part of a folder that ModelOpt wrote, no checkpoint by itself
 STATE = "modelopt_state.pth"
+# numbers that other processes may take before saving gives up
+TRIES = 10
 
 
 def register() -> None:
@@ -139,3 +145,23 @@ def new_path(folder: str, prefix: str, extension: str = ".safetensors") -> Path:
             "change its permissions or name another folder in extra_model_paths.yaml"
         ) from error
     return Path(place, f"{name}_{counter:05}_{extension}")
+
+
+def write_new(
+    folder: str, prefix: str, write: Callable[[Path], object], extension: str = ".safetensors"
+) -> str:
+    """Writes to `new_path`, and with the next number where another process took it meanwhile.
+
+    write: is given the path. Returns where it was written. Errors as of `new_path` and `write`.
+    """
+    for _ in range(TRIES - 1):
+        path = new_path(folder, prefix, extension)
+        try:
+            write(path)
+        except NameTaken as error:
+            log.info("ModelOpt: %s; the next number is tried", error)
+        else:
+            return str(path)
+    path = new_path(folder, prefix, extension)
+    write(path)
+    return str(path)

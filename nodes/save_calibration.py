@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..quantize import calibration as calibration_file
+from ..utils.progress import progress
 from . import folders
 from .shown import shown
 from .types import Calibration
@@ -40,6 +41,9 @@ class SaveCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, calibration, filename_prefix: str) -> io.NodeOutput:
-        path = folders.new_path(folders.CALIBRATION, filename_prefix)
-        calibration_file.save(calibration, path)
-        return io.NodeOutput(ui=shown(str(path)))
+        path = folders.write_new(
+            folders.CALIBRATION,
+            filename_prefix,
+            lambda path: calibration_file.save(calibration, path, progress),
+        )
+        return io.NodeOutput(ui=shown(path))

@@ -43,6 +43,9 @@ class SaveUNet(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix: str) -> io.NodeOutput:
         checkpoint = loader.to_checkpoint(model)
-        path = str(folders.new_path(folders.UNETS, filename_prefix))
-        files.write(checkpoint, path, progress(checkpoint.nbytes()))
+        path = folders.write_new(
+            folders.UNETS,
+            filename_prefix,
+            lambda path: files.write(checkpoint, path, progress(checkpoint.nbytes())),
+        )
         return io.NodeOutput(path, ui=shown(path))

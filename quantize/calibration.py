@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,14 @@ class Calibration:
 # --- the file ---
 
 
-def save(calibration: Calibration, path: str | os.PathLike[str]) -> Path:
+def save(
+    calibration: Calibration,
+    path: str | os.PathLike[str],
+    begin: Callable[[int], Callable[[int], None]] = lambda total: lambda size: None,
+) -> Path:
     """Write one safetensors file. Identical tensors are written once.
 
-    Raises as `save_safetensors` does when `path` exists or cannot be written.
+    begin: bytes of all tensors -> the `step` of `save_safetensors`. Raises as `save_safetensors` does when `path` exists or cannot be written.
     """
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
@@ -148,7 +152,8 @@ def save(calibration: Calibration, path: str | os.PathLike[str]) -> Path:
             for run in calibration.runs
         ],
     }
-    save_safetensors(tensors, path, {METADATA: json.dumps(header)})
+    step = begin(sum(tensor.nbytes for tensor in tensors.values()))
+    save_safetensors(tensors, path, {METADATA: json.dumps(header)}, step)
     return path
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..formats import FORMATS, fp8, int8
 from ..formats.checkpoint import PER_TOKEN, Input, Layer, QuantizedCheckpoint
-from ..utils.files import whole_file
+from ..utils.whole_file import whole_file
 from . import diffusers_unet
 from .modelopt import E4M3, INT4_BLOCKS, OFF, PER_TENSOR, quiet, require
 

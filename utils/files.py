@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
-import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from . import checksums
+from .whole_file import whole_file
 
 # bytes written between two looks at the user's cancel
 PIECE = 2**25
@@ -36,10 +32,6 @@ DTYPES = {
 }
 
 
-class NameTaken(FileExistsError):
-    """A file of that name exists."""
-
-
 def save_safetensors(
     tensors: dict[str, torch.Tensor],
     path: Path | str,
@@ -52,56 +44,11 @@ def save_safetensors(
     reserved: bytes that the header takes at least, the rest of them spaces. Tensors are copied to the
     CPU one at a time. `step` is called with the bytes of each piece written; what it raises ends the
     saving. The same tensors and metadata give the same bytes. The header gets the checksums of all
-    of it (`checksums`).
-    Raises NameTaken if `path` exists, OSError (with what was needed and what was found) if the
-    folder cannot be written or is full. On any error nothing is left behind.
+    of it (`checksums`). Errors as of `whole_file`.
     """
     needed = sum(tensor.nbytes for tensor in tensors.values())
     with whole_file(path, needed) as file:
         _write(tensors, metadata, file, step, reserved)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path | str, needed: int) -> Iterator[BinaryIO]:
-    """A file to write of about `needed` bytes, which gets its name once it is whole.
-
-    Errors as in `save_safetensors`.
-    """
-    path = Path(path)
-    _refuse_existing(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        if not path.parent.is_dir():
-            os.makedirs(path.parent)
-        if shutil.disk_usage(path.parent).free < needed:
-            raise OSError("not enough space")
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        _rename_new(partial, path)
-    except NameTaken:
-        raise
-    except OSError as error:
-        raise OSError(
-            f"saving needs a folder that can be written and {needed / 1e6:,.0f} MB of free space, "
-            f"got {error} in {path.parent} ({_free(path.parent)}): free some space, correct the "
-            "folder's permissions or save to another folder"
-        ) from error
-    finally:
-        if partial.exists():
-            partial.unlink()
-
-
-def _free(folder: Path) -> str:
-    if not folder.is_dir():
-        return "not a folder"
-    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB free"
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise NameTaken(f"a file is never overwritten, {path} exists: choose another name")
 
 
 def header_text(
@@ -159,28 +106,3 @@ def _write(
             step(file.write(piece))
     file.seek(8)
     file.write(header_text(tensors, metadata, found=found))
-
-
-def _rename_new(partial: Path, path: Path) -> None:
-    """Renames without overwriting: a hard link fails where the name is taken, a rename does not."""
-    if os.name == "nt":
-        os.rename(partial, path)  # refuses an existing name here, replaces it elsewhere
-        return
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        _refuse_existing(path)
-    except OSError:  # a file system without hard links: take the name first
-        _take_name(path)
-        try:
-            os.replace(partial, path)
-        except OSError:
-            path.unlink()
-            raise
-
-
-def _take_name(path: Path) -> None:
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        _refuse_existing(path)
