@@ -164,7 +164,14 @@ class ComfyServer:
 
     def stop(self) -> None:
         """Kill the whole process tree. Does nothing if it is not running."""
+        self.kill()
         process, self.process = self.process, None
+        if process is not None:
+            process.wait()
+
+    def kill(self) -> None:
+        """The same at once, from any thread, while another one watches what runs."""
+        process = self.process
         if process is None:
             return
         if os.name == "nt":
@@ -173,7 +180,6 @@ class ComfyServer:
         else:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
     @property
     def alive(self) -> bool:

@@ -14,7 +14,7 @@ import comfy.patcher_extension
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..utils import kernel_split, speed_report, timing
+from ..utils import kernel_split, out_of_memory, speed_report, timing
 from ..utils.progress import detail, progress
 from ..utils.speed_report import Row
 from . import dense, device, info, unet, unet_inputs
@@ -65,6 +65,7 @@ class Runner:
 UNCOND, COND = uuid.uuid4(), uuid.uuid4()
 
 
+@out_of_memory.explained("benchmarking", out_of_memory.SMALLER)
 def run(
     model,
     width: int,

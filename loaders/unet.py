@@ -16,6 +16,7 @@ import torch
 from ..formats import files
 from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
 from ..kernels.backends import Backend
+from ..utils import out_of_memory
 from ..utils.capability import GPU, PRODUCTS
 from ..utils.progress import progress
 from . import compiling, dispatch, fused, layouts, ops, reading, simulation
@@ -34,6 +35,7 @@ def read(path: str) -> QuantizedCheckpoint:
     return files.parse(tensors, metadata, path)
 
 
+@out_of_memory.explained("loading", out_of_memory.FREE)
 def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
     """File -> ModelPatcher, never the dynamic one (the argument is how ComfyUI reloads a MODEL).
 
@@ -51,6 +53,7 @@ def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
     return model
 
 
+@out_of_memory.explained("loading", out_of_memory.FREE)
 def load(
     checkpoint: QuantizedCheckpoint,
     where: str = "the quantized checkpoint",
@@ -188,6 +191,7 @@ def loaded(model) -> Loaded:
     return found
 
 
+@out_of_memory.explained("saving", out_of_memory.FREE)
 def to_checkpoint(model) -> QuantizedCheckpoint:
     """MODEL -> checkpoint, bit for bit what it was loaded from; attached LoRA patches are baked in.
 
@@ -229,7 +233,8 @@ def _store_patched(model, key: str, tensors: dict[str, torch.Tensor], info: Load
     if key in model.patches:
         dense = weight.to(dtype=torch.float32)
         dense = dense.dequantize() if quantized else dense.clone()
-        dense = comfy.lora.calculate_weight(model.patches[key], dense, key)
+        with out_of_memory.not_swallowed():
+            dense = comfy.lora.calculate_weight(model.patches[key], dense, key)
         weight = weight.requantize_from_float(dense) if quantized else dense
     if quantized:
         tensors |= {f"{module_name}.{key}": t for key, t in layouts.unwrap(weight).items()}

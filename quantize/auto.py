@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..formats import files
+from ..utils import out_of_memory
 from ..utils.progress import progress
 from ..utils.progress import tell as on_node
 from ..utils.report import megabytes
@@ -55,6 +56,7 @@ class Auto:
     notes: list[str] = field(default_factory=list)
 
 
+@out_of_memory.explained("quantizing", out_of_memory.RECORD_SMALLER)
 def auto_quantize(
     model,
     calibration,

@@ -134,7 +134,7 @@ def _listen(model, calibration, names: list[str]) -> tuple[dict, float]:
     calibration.check_matches(sampling.signature(model))
     records = quality.pick(list(calibration), sensitivity.CALLS)
     try:
-        with torch.inference_mode(False), torch.no_grad(), bridge.memory_explained(model):
+        with torch.inference_mode(False), torch.no_grad():
             modules = sum(1 for _ in model.model.diffusion_model.modules())
             step = progress(modules + engine.CALL * len(records))
             twin = bridge.copy_unet(model, step)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..formats.checkpoint import Layer
+from ..utils import out_of_memory
 from ..utils.progress import detail, progress
 from . import local, pictures
 from .engine import CALL
@@ -85,6 +86,7 @@ def _plain(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
 
 
+@out_of_memory.explained("comparing", out_of_memory.RECORD_SMALLER)
 def compare(
     reference,
     quantized,

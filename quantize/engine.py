@@ -12,7 +12,7 @@ import torch
 
 from ..formats import FORMATS
 from ..formats.checkpoint import QuantizedCheckpoint
-from ..utils import sha256
+from ..utils import out_of_memory, sha256
 from ..utils.progress import detail, progress
 from . import families, modelopt, pack, percentile, quality
 from .layers import select
@@ -64,6 +64,7 @@ def prepared(
     return recipe, plans, notes + moved
 
 
+@out_of_memory.explained("quantizing", out_of_memory.RECORD_SMALLER)
 def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized:
     """Quantizes the UNet of a ComfyUI MODEL, patches included; the MODEL itself is not changed.
 
@@ -83,7 +84,7 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
     records = [record for run in runs for record in run.records]
     notes += [f"Not part of the quantized UNet: {what}." for what in bridge.left_behind(model)]
     try:
-        with torch.inference_mode(False), torch.no_grad(), bridge.memory_explained(model):
+        with torch.inference_mode(False), torch.no_grad():
             device, dtype = model.load_device, model.model.get_dtype_inference()
             chosen = quality.pick(records, EVALUATION_RECORDS)
             collects = any(_collects(one) for one in plans.values()) and bool(records)
@@ -151,6 +152,7 @@ def shaping(model: torch.nn.Module, recipe: Recipe, layers: Iterable[str]) -> se
     return detection.shaping(model, layers)
 
 
+@out_of_memory.explained("measuring", out_of_memory.RECORD_SMALLER)
 def measure(quantized: Quantized, model) -> None:
     """Runs the quantized MODEL on the evaluation records; its SQNR goes into figures and header."""
     from .bridge import unet as bridge

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from ..utils import packages
+from ..utils import out_of_memory, packages
 from . import backend, percentile
 from .recipe import AWQ, AWQ_FULL, MAX, MSE, PERCENTILE, SMOOTHQUANT, LayerPlan
 
@@ -43,6 +43,22 @@ def require():
     import modelopt.torch.quantization as mtq
 
     return mtq
+
+
+@contextlib.contextmanager
+def failure_explained(doing: str) -> Iterator[None]:
+    """Says of an error inside ModelOpt what it was doing, and what to do. Errors that say so already
+    (ValueError), and memory that runs out, pass through."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) or out_of_memory.ran_out(error):
+            raise
+        raise ValueError(
+            f"ModelOpt {version()} must be able to go on, it failed with {type(error).__name__}: "
+            f"{error} while {doing}: choose another algorithm or format, or install another version "
+            "of nvidia-modelopt; nothing was changed"
+        ) from error
 
 
 def version() -> str:
@@ -136,7 +152,10 @@ def calibrate(
         module._parameters["weight"] = torch.nn.Parameter(own, requires_grad=False)
     backend.register()
     config = activations_config(plans, everything)
-    with contextlib.nullcontext() if full else _weights_left_alone():
+    with (
+        contextlib.nullcontext() if full else _weights_left_alone(),
+        failure_explained(f"it calibrated {len(plans)} layers"),
+    ):
         mtq.quantize(unet, config, forward_loop)
 
 

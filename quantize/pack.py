@@ -24,7 +24,8 @@ def pack(
     table: dict[str, Layer] = {}
     for name, one in plans.items():
         module = unet.get_submodule(name)
-        stored, table[name] = _pack_layer(name, module, one)
+        with modelopt.failure_explained(f"{name} was packed as {one.format}"):
+            stored, table[name] = _pack_layer(name, module, one)
         tensors |= {f"{name}.{key}": value.cpu().contiguous() for key, value in stored.items()}
         module._parameters["weight"] = None
         step()

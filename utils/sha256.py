@@ -29,10 +29,16 @@ def of(path: Path, step: Callable[[], None] = lambda: None) -> str:
     key = _key(path)
     if key not in _known:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-                step()
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(PIECE):
+                    digest.update(piece)
+                    step()
+        except OSError as error:
+            raise OSError(
+                f"the file that a model is loaded from must be readable, for its hash, got {error} in "
+                f"{path}: check the disk, or get the file again"
+            ) from error
         _known[key] = digest.hexdigest()
     return _known[key]
 

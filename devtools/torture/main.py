@@ -14,7 +14,9 @@ from ..common import ROOT, say
 from .outcome import Effort, Row
 
 # modules of this package, in the order in which they run
-CAMPAIGNS: tuple[str, ...] = ("damage", "conversions")
+CAMPAIGNS: tuple[str, ...] = (
+    "damage", "conversions", "kills", "faults", "cancels", "soak", "side_by_side"
+)  # fmt: skip
 RESULTS = ROOT / "benchmarks" / "results" / "torture.json"
 
 

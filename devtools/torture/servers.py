@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -92,13 +91,12 @@ def kills(effort: Effort, wanted: int) -> Row:
             if effort.over:
                 break
             server.start()
-            process = server.process
             result, _ = at_progress(
                 server,
                 graphs.saved(),
                 "save",
                 number,
-                lambda: os.killpg(process.pid, signal.SIGKILL),
+                server.kill,
             )
             server.stop()
             found = kills_left(server, whole)

@@ -114,6 +114,7 @@ class Subject:
 
     def quantize(self, calibration: Any = None) -> int:
         engine = pack("quantize.engine")
+        pack("utils.sha256")._known.clear()  # so that the source is read
         made = engine.quantize_model(self.model, self.recipe(), calibration or self.fresh())
         quantized = pack("loaders.unet").load(made.checkpoint)
         engine.measure(made, quantized)
@@ -163,8 +164,11 @@ class Subject:
         return checksum([vars(record) for record in made])
 
     def _taken(self, path: Path) -> int:
-        data = path.read_bytes()
-        path.unlink()
+        """By calls that no campaign makes fail."""
+        handle = os.open(path, os.O_RDONLY)
+        data = os.read(handle, 2**30)
+        os.close(handle)
+        os.remove(path)
         return zlib.crc32(data)
 
     def run(self, job: str) -> int:

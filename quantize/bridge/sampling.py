@@ -10,6 +10,7 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ...utils import out_of_memory
 from ...utils.progress import tell
 from ..calibration import Calibration
 from ..records import Recorder, Run
@@ -54,6 +55,7 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+@out_of_memory.explained("recording", out_of_memory.SMALLER)
 def record(
     model: Any,
     *,
@@ -97,6 +99,7 @@ def record(
     return latent, base.add_run(run, max_records) if run.records else base
 
 
+@out_of_memory.explained("recording", out_of_memory.SMALLER)
 def record_prompts(
     model: Any,
     clip: Any,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import comfy.lora
@@ -15,6 +14,7 @@ import comfy.utils
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ...utils import out_of_memory
 from ..quality import outputs
 
 UNET = "diffusion_model."
@@ -144,7 +144,8 @@ def _baked(model, key: str, weight: torch.Tensor, device: torch.device) -> torch
     dtype = comfy.model_management.lora_compute_dtype(device)
     # the computation works in place on what it is given
     working = weight.to(device=device, dtype=dtype, copy=True)
-    return comfy.lora.calculate_weight(patches, working, key).to(weight.dtype)
+    with out_of_memory.not_swallowed():
+        return comfy.lora.calculate_weight(patches, working, key).to(weight.dtype)
 
 
 def left_behind(model) -> list[str]:
@@ -212,27 +213,6 @@ def load(model, records: Sequence) -> tuple[torch.nn.Module, torch.device, torch
     needed = model.model.memory_required(list(largest))
     comfy.model_management.load_models_gpu([model], memory_required=needed)
     return model.model.diffusion_model, model.load_device, model.model.get_dtype_inference()
-
-
-@contextlib.contextmanager
-def memory_explained(model) -> Iterator[None]:
-    """Says on running out of device memory how much is needed, and what lowers it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not comfy.model_management.is_oom(error):
-            raise
-        device = model.load_device
-        size = comfy.model_management.module_size(model.model.diffusion_model)
-        reserve = comfy.model_management.minimum_inference_memory()
-        free = comfy.model_management.get_free_memory(device)
-        # of the kind that ComfyUI answers by unloading all models
-        raise comfy.model_management.OOM_EXCEPTION(
-            f"quantizing needs the UNet ({size / 1e9:.1f} GB) and one UNet call of the recording "
-            f"({reserve / 1e9:.1f} GB or more) in memory, {device} has {free / 1e9:.1f} GB free and "
-            "ran out: record a smaller width, height or batch size, close other programs, or start "
-            "ComfyUI with --lowvram or --cpu; nothing was changed"
-        ) from error
 
 
 def release_memory() -> None:
