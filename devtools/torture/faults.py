@@ -25,6 +25,9 @@ CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 
 GPU_MEMORY = "CUDA out of memory. Tried to allocate 5.00 MiB."
 # of one line of the pack, the allocations that are tried, of the first, the last and between
 PER_LINE = 3
+# ComfyUI's attention, which tries again with less memory
+TRIES_AGAIN = ("sub_quadratic_attention.py", "modules/attention.py")
+_tries_again = False
 
 
 # --- memory ---
@@ -52,7 +55,8 @@ def line() -> str:
         name = frame.f_code.co_filename
         if name.startswith(f"{ROOT}{os.sep}") and not name.startswith(own):
             # a file is mapped into memory: its tensors take none
-            return "" if "reading" in name else f"{name}:{frame.f_lineno}"
+            reads = frame.f_code.co_name in ("read", "tensors_of")
+            return "" if reads else f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
 
@@ -61,6 +65,11 @@ def out_of_memory(point: int) -> None:
     """By turns as a GPU says it and as the CPU does."""
     import torch
 
+    global _tries_again
+    frame = sys._getframe()
+    while frame is not None and not frame.f_code.co_filename.endswith(TRIES_AGAIN):
+        frame = frame.f_back
+    _tries_again = frame is not None
     if point % 2:
         raise torch.OutOfMemoryError(GPU_MEMORY)
     raise RuntimeError(CPU_MEMORY)
@@ -82,6 +91,8 @@ def says_memory(error: BaseException | None) -> str | None:
     """Right is what ComfyUI takes for memory, as it then unloads all models, in words of ours."""
     import torch
 
+    if error is None and _tries_again:
+        return None
     if not isinstance(error, torch.OutOfMemoryError):
         return f"it ended with {error!r}" if error else "it went on to its end"
     if "needs" not in str(error) or "nothing was changed" not in str(error):

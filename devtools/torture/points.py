@@ -44,14 +44,13 @@ def chosen(total: int, effort: Effort) -> list[int]:
 
 
 class Trial:
-    """A job that meets a fault. fault: raises, given the point's number. judge: see `Judge`."""
+    """A job that meets a fault; it must have run once, as some things are made once. fault: raises, given the point's number. judge: see `Judge`."""
 
     def __init__(
         self, its: Subject, job: str, install: Install, fault: Callable[[int], None], judge: Judge
     ) -> None:
         self.its, self.job, self.install = its, job, install
         self.fault, self.judge = fault, judge
-        its.run(job)  # what is made once, such as ModelOpt's classes
         self.result = its.run(job)
         self.before = its.state()
 
@@ -60,8 +59,7 @@ class Trial:
         import torch
 
         row = Row(name, kind)
-        whole = {point for i, point in enumerate(sorted(where)) if i % CHECKED == 0}
-        whole |= set(sorted(where)[-1:])
+        whole = {point for i, point in enumerate(sorted(where, reverse=True)) if i % CHECKED == 0}
         can = hasattr(os, "fork") and not torch.cuda.is_available() and self.job not in WRITING
         every = self._forked if can else self._anew
         for point, found in every(sorted(where), whole, effort):
@@ -75,9 +73,7 @@ class Trial:
         """What is wrong after the fault. whole: everything is looked at, and the job done again."""
         wrong = self.judge(error)
         found = [wrong] if wrong else []
-        if error is not None:
-            error.__traceback__ = None  # its frames hold the job's tensors
-            del error
+        forget(error)
         after = self.its.state(whole)
         found += differences({key: self.before[key] for key in after}, after)
         if whole:
@@ -148,6 +144,13 @@ class Trial:
         if ended is not None:
             raise ended
         return iter(reports)
+
+
+def forget(error: BaseException | None) -> None:
+    """Lets go of what the frames of an error, and of those behind it, hold: the job's tensors."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def heard(pid: int, read: int, seconds: float = HANG_SECONDS) -> list[str]:

@@ -43,7 +43,11 @@ def made(folder: Path, name: str = "server", models: Path | None = None) -> Comf
 def unets(server: ComfyServer) -> dict[str, bytes]:
     """Everything in models/diffusion_models, hidden files too."""
     folder = server.models / "diffusion_models"
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def works(server: ComfyServer, graph: graphs.Graph) -> list[str]:
@@ -117,7 +121,7 @@ def kills_left(server: ComfyServer, whole: bytes, hidden: bool = True) -> list[s
     return [
         f"{name} has {len(data)} bytes of {len(whole)}"
         for name, data in unets(server).items()
-        if not (hidden and name.startswith(".")) and data != whole
+        if not (hidden and Path(name).name.startswith(".")) and data != whole
     ]
 
 

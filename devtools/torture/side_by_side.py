@@ -28,7 +28,9 @@ def at_once(*calls: Callable[[], Result]) -> list[Result]:
     return results
 
 
-def wrong(results: list[Result], server: ComfyServer, whole: bytes, before: set[str]) -> list[str]:
+def wrong(
+    results: list[Result], server: ComfyServer, whole: list[bytes], before: set[str]
+) -> list[str]:
     """Two prompts saved under one prefix: both files whole, with names of their own."""
     errors = [r.error["exception_message"] for r in results if r.error]
     now = servers.unets(server)
@@ -36,7 +38,8 @@ def wrong(results: list[Result], server: ComfyServer, whole: bytes, before: set[
     found = [f"an error: {text}" for text in errors]
     if len(new) != 2:
         found.append(f"new files: {sorted(new)}")
-    found += [f"{name} is not whole" for name, data in new.items() if data != whole]
+    elif sorted(new.values()) != sorted(whole):
+        found.append(f"not the two files: {', '.join(f'{n} {len(d)}' for n, d in new.items())}")
     return found
 
 
@@ -44,13 +47,19 @@ def run(effort: Effort, say: Callable[[str], None]) -> list[Row]:
     queued = Row(NAME, "two prompts queued in one server")
     shared = Row(NAME, "two servers saving under one name")
     with servers.folder_with_checkpoint() as folder, servers.made(folder) as one:
-        one.run(graphs.saved(1, "whole"), timeout=servers.TIMEOUT)
-        (whole,) = servers.unets(one).values()
+        whole = []
+        for seed in (1, 2):
+            one.run(graphs.saved(seed, f"whole{seed}"), timeout=servers.TIMEOUT)
+            whole.append(servers.unets(one)[f"whole{seed}_00001_.safetensors"])
 
-        def save(server: ComfyServer, prefix: str) -> Callable[[], Result]:
-            return lambda: server.run(graphs.saved(1, prefix), timeout=servers.TIMEOUT)
-
-        def trial(row: Row, prefix: str, *calls: Callable[[], Result]) -> None:
+        def trial(row: Row, prefix: str, *on: ComfyServer) -> None:
+            """The same work with two seeds, on one server or two."""
+            calls = [
+                lambda server=server, seed=seed: server.run(
+                    graphs.saved(seed, prefix), timeout=servers.TIMEOUT
+                )
+                for seed, server in enumerate(on, start=1)
+            ]
             before = set(servers.unets(one))
             found = wrong(at_once(*calls), one, whole, before)
             row.findings += [f"{prefix}: {text}" for text in found]
@@ -60,15 +69,11 @@ def run(effort: Effort, say: Callable[[str], None]) -> list[Row]:
 
         rounds = effort.count(ROUNDS)
         for number in range(rounds):
-            prefix = f"queued{number}"
-            again = graphs.saved(1, prefix) | {"other": graphs.saved(1, prefix)["save"]}
-            del again["save"]  # the same work under another node, so that nothing is left out
-            trial(queued, prefix, save(one, prefix),
-                  lambda graph=again: one.run(graph, timeout=servers.TIMEOUT))  # fmt: skip
+            trial(queued, f"queued{number}", one, one)
         with servers.made(folder, "second", models=one.models) as two:
-            two.run(graphs.saved(1, "warm"), timeout=servers.TIMEOUT)
+            for seed, server in enumerate((one, two), start=1):
+                server.run(graphs.saved(seed, "warm"), timeout=servers.TIMEOUT)
             for number in range(rounds):
-                # a folder that is not there yet, and both saving at once: all before is done
-                prefix = f"shared{number}/unet"
-                trial(shared, prefix, save(one, prefix), save(two, prefix))
+                # all work before the saving is done already; the folder is not there yet
+                trial(shared, f"shared{number}/unet", one, two)
     return [queued, shared]

@@ -52,23 +52,16 @@ def checksum(value: Any) -> int:
 class Subject:
     """`jobs`: name -> a function that does it and returns a checksum of the result.
 
-    folder: for everything it writes. The jobs run in ComfyUI's way: in inference mode.
+    folder: for everything it writes. model, with a LoRA on it, clip, vae: of an SD1.5. The jobs run in ComfyUI's way: in inference mode.
     """
 
-    def __init__(self, folder: Path) -> None:
-        inprocess.load()
-        import comfy.sd
-        import comfy.utils
+    def __init__(self, folder: Path, model: Any, clip: Any, vae: Any) -> None:
         import torch
 
         self.folder, self.out = folder, folder / "out"
-        self.out.mkdir(parents=True)
-        checkpoint = synthetic.sd15(folder / "sd15.safetensors")
-        lora = synthetic.lora(folder / "lora.safetensors", checkpoint)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.model, self.vae = model, vae
         with torch.inference_mode():
-            model, clip, self.vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
-            patches = comfy.utils.load_torch_file(str(lora))
-            self.model, _ = comfy.sd.load_lora_for_models(model, clip, patches, 0.8, 0.8)
             self.prompts = [
                 clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a fox", "")
             ]
@@ -279,13 +272,32 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
+def temporary_files(folder: Path) -> Iterator[None]:
+    """Temporary files are made in a folder of their own, where they can be counted."""
+    before, place = tempfile.tempdir, folder / "tmp"
+    place.mkdir()
+    tempfile.tempdir = str(place)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+@contextlib.contextmanager
 def subject() -> Iterator[Subject]:
-    """One in a temporary folder, in which temporary files are made too while it is open."""
-    with tempfile.TemporaryDirectory(prefix="modelopt_torture_") as folder:
-        before, temporary = tempfile.tempdir, Path(folder, "tmp")
-        temporary.mkdir()
-        tempfile.tempdir = str(temporary)
-        try:
-            yield Subject(Path(folder, "subject"))
-        finally:
-            tempfile.tempdir = before
+    """One in a temporary folder, with ComfyUI loaded."""
+    inprocess.load()
+    import comfy.sd
+    import comfy.utils
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="modelopt_torture_") as name:
+        folder = Path(name)
+        checkpoint = synthetic.sd15(folder / "sd15.safetensors")
+        lora = synthetic.lora(folder / "lora.safetensors", checkpoint)
+        with torch.inference_mode():
+            model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+            patches = comfy.utils.load_torch_file(str(lora))
+            model, _ = comfy.sd.load_lora_for_models(model, clip, patches, 0.8, 0.8)
+        with temporary_files(folder):
+            yield Subject(folder / "subject", model, clip, vae)
