@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import comfy.model_management
 import comfy.samplers
 import folder_paths
 import pytest
@@ -21,6 +22,7 @@ from comfyui_modelopt.quantize import calibration as calibration_file
 from comfyui_modelopt.quantize import prompts as prompt_list
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.calibration import Calibration, Record, Run
+from comfyui_modelopt.utils.whole_file import NameTaken
 
 SAMPLER = ["steps", "cfg", "sampler_name", "scheduler"]
 NODES = {
@@ -286,3 +288,36 @@ def test_comfyui_reports_our_reason_for_a_missing_file(models, monkeypatch):
     text = json.dumps(errors)
     assert "gone.safetensors" in text and "choose another" in text
     assert load_calibration.__name__.startswith("comfyui_modelopt.")
+
+
+def test_a_number_that_another_process_takes_meanwhile(models, monkeypatch):
+    """The next one is taken: what took an hour is not lost."""
+    write = calibration_file.save_safetensors
+
+    def beaten(tensors, path, *args):
+        if path.name == "mine_00001_.safetensors":
+            path.write_bytes(b"another's")
+        write(tensors, path, *args)
+
+    monkeypatch.setattr(calibration_file, "save_safetensors", beaten)
+    assert saved().name == "mine_00002_.safetensors"
+    assert (models / "mine_00001_.safetensors").read_bytes() == b"another's"
+    assert len(list(models.iterdir())) == 2
+
+
+def test_names_that_are_all_taken_end_the_saving(models, monkeypatch):
+    def taken(tensors, path, *args):
+        path.write_bytes(b"another's")
+        raise NameTaken(f"a file is never overwritten, {path} exists: choose another name")
+
+    monkeypatch.setattr(calibration_file, "save_safetensors", taken)
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        saved()
+    assert len(list(models.iterdir())) == folders.TRIES
+
+
+def test_cancel_while_saving(models):
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        saved()
+    assert list(models.iterdir()) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import comfy.model_management
+import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from comfyui_modelopt.formats import FORMATS, blocks
@@ -263,3 +265,40 @@ def test_out_of_memory_says_what_lowers_it(sd15, calibration, monkeypatch, quant
         with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="GB free.*--lowvram"):
             engine.quantize_model(sd15[0], Recipe("int8"), calibration)
     assert quantized(Recipe("int8")).checkpoint.layers  # the session goes on
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+def test_memory_of_the_cpu_that_runs_out_is_told_as_a_gpus_is(sd15, calibration, monkeypatch, kind):
+    def fail(*_args, **_kwargs):
+        raise kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(FORMATS["int8"], "quantize", fail)
+    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="quantizing needs.*--lowvram"):
+        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+
+
+def test_a_failure_of_modelopt_says_what_to_do(sd15, calibration, monkeypatch):
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    def fail(*_args, **_kwargs):
+        raise KeyError("inside")
+
+    monkeypatch.setattr(TensorQuantizer, "forward", fail)
+    wanted = "ModelOpt .* failed with KeyError: 'inside'.*choose another algorithm"
+    with pytest.raises(ValueError, match=wanted):
+        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+
+
+def test_a_lora_that_memory_does_not_suffice_for_is_not_left_out(
+    sd15, checkpoints, calibration, monkeypatch
+):
+    """ComfyUI logs it and goes on without the LoRA."""
+
+    def fail(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    patches = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
+    model, _ = comfy.sd.load_lora_for_models(sd15[0], sd15[1], patches, 1.0, 1.0)
+    monkeypatch.setattr(torch, "mm", fail)  # the LoRA's product
+    with pytest.raises(torch.OutOfMemoryError, match="quantizing needs"):
+        engine.quantize_model(model, Recipe("int8"), calibration)

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from comfyui_modelopt.utils import sha256
 from comfyui_modelopt.utils import whole_file as module
 from comfyui_modelopt.utils.whole_file import NameTaken, remove_left, whole_file
 
@@ -121,3 +122,14 @@ def test_a_partial_that_cannot_be_removed_is_named(tmp_path, monkeypatch, caplog
     with pytest.raises(OSError, match="saving needs a folder"), whole_file(tmp_path / "x", 1):
         raise OSError(errno.EIO, "Input/output error")
     assert "remove it by hand" in caplog.text
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = tmp_path / "gone.safetensors"
+    path.write_bytes(b"x")
+    monkeypatch.setattr(module.Path, "open", broken)
+    with pytest.raises(OSError, match="must be readable, for its hash.*gone.safetensors"):
+        sha256.of(path)
