@@ -7,7 +7,8 @@ them again with the same scales gives the same values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -49,9 +50,20 @@ def write(
 
     unet, notes = quantized_unet(checkpoint, unet_config, names, step)
     needed = sum(tensor.nbytes for tensor in unet.state_dict().values())
-    with whole_file(path, needed) as file:
+    with whole_file(path, needed) as file, disk_errors():
         mto.save(unet, file)
     return notes
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raises what the file system said where `torch.save` hides it behind an error of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def quantized_unet(

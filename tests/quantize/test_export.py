@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 
 import comfy.ldm.modules.attention
 import pytest
@@ -133,3 +135,20 @@ def test_a_file_is_never_overwritten(quantized, tmp_path):
     with pytest.raises(FileExistsError, match="never overwritten"):
         written(quantized(Recipe("int8")).checkpoint, path)
     assert path.read_bytes() == b"mine"
+
+
+def test_a_full_disk_is_told(tmp_path):
+    """torch.save's writer says "unexpected pos" instead."""
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    with (
+        pytest.raises(OSError, match="No space left"),
+        Full(tmp_path / "x.pt", "w") as file,
+        export.disk_errors(),
+    ):
+        torch.save({"a": torch.ones(2**16)}, file)
