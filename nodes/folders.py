@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import folder_paths
 
 from ..utils.text import brief_repr
-from ..utils.whole_file import NameTaken
+from ..utils.whole_file import NameTaken, remove_left_below
 
 log = logging.getLogger(__name__)
 CALIBRATION = "modelopt_calibration"
@@ -150,10 +150,13 @@ def new_path(folder: str, prefix: str, extension: str = ".safetensors") -> Path:
 def write_new(
     folder: str, prefix: str, write: Callable[[Path], object], extension: str = ".safetensors"
 ) -> str:
-    """Writes to `new_path`, and with the next number where another process took it meanwhile.
+    """Writes to `new_path`, and with the next number where another process took it meanwhile. What
+    killed savings left anywhere in that models folder is removed first.
 
     write: is given the path. Returns where it was written. Errors as of `new_path` and `write`.
     """
+    register()
+    remove_left_below(root_of(folder))
     for _ in range(TRIES - 1):
         path = new_path(folder, prefix, extension)
         try:

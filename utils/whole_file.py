@@ -99,6 +99,13 @@ def remove_left(folder: Path) -> None:
             log.info("ModelOpt: removed %s, which a killed saving left", path)
 
 
+def remove_left_below(root: Path | str) -> None:
+    """The same in a folder and all folders in it."""
+    for place, _, names in os.walk(root):
+        if any(map(PARTIAL.fullmatch, names)):
+            remove_left(Path(place))
+
+
 def _given_up(handle: int, own: bool) -> bool:
     """Whether nobody writes an open partial. own: it was begun on this machine, whose locks tell;
     those of another machine may not reach this one."""

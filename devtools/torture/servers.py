@@ -192,6 +192,8 @@ def cancels(effort: Effort, say: Callable[[str], None]) -> list[Row]:
 def faults(effort: Effort) -> list[Row]:
     """A server whose disk is full for a while (a limit on file sizes), and whose memory is short (a
     limit on its address space). Linux only."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return []
     import resource
 
     rows = [Row("faults", "server, no space"), Row("faults", "server, memory runs out")]

@@ -321,3 +321,12 @@ def test_cancel_while_saving(models):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         saved()
     assert list(models.iterdir()) == []
+
+
+def test_what_a_killed_save_left_in_another_subfolder_is_removed(models):
+    (models / "a" / "b").mkdir(parents=True)
+    left = models / "a" / "b" / f".mine.{'0' * 8}.{'0' * 8}.partial"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    saved()
+    assert list((models / "a" / "b").iterdir()) == []
