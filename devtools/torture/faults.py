@@ -245,7 +245,7 @@ def file_rows(its: Subject, effort: Effort) -> list[Row]:
     """Not the calls of a file's removal: where that fails, it cannot be cleaned up."""
 
     def calls(reached: Callable[[], None]) -> contextlib.AbstractContextManager:
-        return file_calls(reached, str(its.folder))
+        return file_calls(reached, str(its.folder.parent))
 
     rows = []
     for job in ("save", "save calibration", "load", "load calibration", "quantize"):
