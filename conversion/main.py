@@ -172,7 +172,7 @@ def run(
 
 def attempt(file: Path, ordered: Order, recordings: Calibration | None) -> Result:
     """What became of it; raises nothing but Stopped."""
-    from ..utils.files import NameTaken
+    from ..utils.whole_file import NameTaken
     from . import models, work
 
     output = ordered.output(file)

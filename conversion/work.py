@@ -72,7 +72,7 @@ def kept_recording(output: Path, made_of: Mapping[str, Any]) -> Path:
 def clear(output: Path) -> None:
     """Removes what interrupted processes left beside a file: half of one; once it is there, recordings.
     For the one that has the claim."""
-    endings = ["[0-9a-f]{8}[.]partial"]  # utils.files.whole_file
+    endings = ["([0-9a-f]{8}[.]){1,2}partial"]  # utils.whole_file
     if output.exists():
         endings.append("[0-9a-f]{16}[.]calibration([.].+)?")
     left = re.compile(rf"[.]{re.escape(output.name)}[.]({'|'.join(endings)})")

@@ -326,7 +326,11 @@ def test_what_a_killed_process_left_is_removed(made, source, recording, convert,
     out = tmp_path / "out"
     out.mkdir()
     shutil.copyfile(made / NAME, out / NAME)
-    left = [f".{NAME}.0123abcd.partial", f".{NAME}.0123456789abcdef.calibration"]
+    left = [
+        f".{NAME}.0123abcd.89ef4567.partial",
+        f".{NAME}.0123abcd.partial",
+        f".{NAME}.0123456789abcdef.calibration",
+    ]
     others = [f".other_{NAME}.0123abcd.partial", f".{NAME}.mine.partial"]
     for name in (*left, *others):
         (out / name).write_text("")
