@@ -129,9 +129,12 @@ def why_not(folder: str, prefix: str) -> str | None:
 def new_path(folder: str, prefix: str, extension: str = ".safetensors") -> Path:
     """A numbered path that does not exist yet in a models folder, made where it is missing.
 
-    `prefix` may hold subfolders and ComfyUI's %year%, %month%, … Raises ValueError where it is
-    empty or leads out of the folder, or where no folder can be made.
+    `prefix` may hold subfolders and ComfyUI's %year%, %month%, …; an extension at its end is not
+    doubled. Raises ValueError where it is empty or leads out of the folder, or where no folder can
+    be made.
     """
+    if PurePosixPath(prefix).stem:
+        prefix = prefix.removesuffix(extension)
     reason = why_not(folder, prefix)
     if reason:
         raise ValueError(reason)

@@ -62,7 +62,7 @@ def test_other_files(tmp_path):
     assert made_by == ""
     for content, said in (
         ({"modelopt": "{"}, "must be JSON"),
-        ({"modelopt": "[]"}, "format_version"),
+        ({"modelopt": "[]"}, "must be a table"),
     ):
         save_file({"a": torch.ones(1)}, path, content)
         with pytest.raises(ValueError, match=said):

@@ -167,7 +167,8 @@ def test_saving_again_numbers_on(models):
     names = [saved().name for _ in range(3)]
     assert names == [f"mine_0000{i}_.safetensors" for i in (1, 2, 3)]
     assert saved("other").name == "other_00001_.safetensors"
-    assert len(list(models.iterdir())) == 4
+    assert saved("mine.safetensors").name == "mine_00004_.safetensors"  # as users type it
+    assert len(list(models.iterdir())) == 5
 
 
 def test_a_date_in_the_prefix_is_filled_in(models):
