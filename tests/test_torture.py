@@ -2,25 +2,74 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import types
 from collections import Counter
 
+import pytest
+from comfyui_modelopt.devtools.common import UserError
 from comfyui_modelopt.devtools.torture import main
 from comfyui_modelopt.devtools.torture.outcome import Row
 
 
-def test_results_are_written(tmp_path):
-    rows = [Row("Kills", "a kill", Counter({"the old file": 2, "the new one": 1}), ["seed 7"])]
-    facts = {"command": "dev.py torture", "machine": "any", "minutes": "1"}
-    main.write(tmp_path / "out" / "found.json", rows, facts, main.markdown(rows, facts))
-    (row,) = json.loads((tmp_path / "out" / "found.json").read_text())["rows"]
-    assert row == {
-        "campaign": "Kills",
-        "kind": "a kill",
-        "outcomes": {"the old file": 2, "the new one": 1},
-        "findings": ["seed 7"],
-        "tried": 4,
-    }
-    page = (tmp_path / "out" / "found.md").read_text()
-    assert "| Kills | a kill | 4 | 2 the old file; 1 the new one | 1 |" in page
-    assert "1 findings." in page and "- Kills, a kill: seed 7" in page
+def options(**given) -> argparse.Namespace:
+    return argparse.Namespace(**{"only": None, "minutes": None, "share": 1.0, "seed": 0} | given)
+
+
+@pytest.fixture
+def campaigns(monkeypatch):
+    """name -> rows that it gives, or an error that ends it after one of them."""
+    found: dict[str, list] = {}
+
+    def module(name: str, package: str) -> types.SimpleNamespace:
+        def run(effort, tell):
+            for one in found[name.lstrip(".")]:
+                if isinstance(one, Exception):
+                    raise one
+                yield one
+
+        return types.SimpleNamespace(NAME=name.lstrip("."), run=run)
+
+    monkeypatch.setattr(main.importlib, "import_module", module)
+    return found
+
+
+def test_results_are_written_and_those_of_other_campaigns_stay(campaigns, tmp_path):
+    out = tmp_path / "out" / "found.json"
+    campaigns["kills"] = [Row("kills", "a kill", Counter({"the old": 2, "the new": 1}), ["seed 7"])]
+    campaigns["damage"] = [Row("damage", "a flip", Counter({"an error": 5}))]
+    assert main.main(options(only="kills", out=out, seed=3)) == 1
+    assert main.main(options(only="damage", out=out)) == 0
+    found = json.loads(out.read_text())
+    assert list(found) == ["damage", "kills"]
+    assert found["kills"]["command"] == "python dev.py torture --only kills --seed 3"
+    assert found["kills"]["rows"] == [
+        {
+            "campaign": "kills",
+            "kind": "a kill",
+            "outcomes": {"the old": 2, "the new": 1},
+            "findings": ["seed 7"],
+            "tried": 4,
+        }
+    ]
+    page = out.with_suffix(".md").read_text()
+    assert "9 cases, 1 findings." in page
+    assert "| kills | a kill | 4 | 2 the old; 1 the new | 1 |" in page
+    assert "- kills, a kill: seed 7" in page
+
+
+def test_a_campaign_that_fails_is_a_finding_and_loses_nothing(campaigns, tmp_path):
+    out = tmp_path / "found.json"
+    campaigns["kills"] = [Row("kills", "a kill", Counter({"the old": 2})), KeyError("x")]
+    campaigns["soak"] = [Row("soak", "cycles", Counter({"right": 1}))]
+    assert main.main(options(only="kills,soak", out=out)) == 1
+    found = json.loads(out.read_text())
+    assert [row["kind"] for row in found["kills"]["rows"]] == ["a kill", "the campaign"]
+    assert found["kills"]["rows"][1]["findings"] == ["it ended with KeyError('x')"]
+    assert found["soak"]["rows"][0]["tried"] == 1
+
+
+def test_unknown_campaigns_are_refused():
+    with pytest.raises(UserError, match="got pranks"):
+        main.main(options(only="kills,pranks", out=None))

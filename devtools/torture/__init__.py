@@ -1,4 +1,5 @@
 """`python dev.py torture`: damaged files, kills, cancels, faults, soak. One module a campaign.
 
-A campaign is a module with `NAME` and `run(effort, say) -> list[Row]`; `main` knows them all.
+A campaign is a module with `NAME` and `run(effort, say)`, which gives a Row
+for each kind of case as it is done; `main` knows them all.
 """

@@ -47,15 +47,13 @@ def judge(error: BaseException | None) -> str | None:
     return "it went on to its end" if error is None else f"it ended with {error!r}"
 
 
-def run(effort: Effort, say: Callable[[str], None]) -> list[Row]:
+def run(effort: Effort, say: Callable[[str], None]) -> Iterator[Row]:
     from . import servers
 
-    rows = []
     with subject() as its:
         for job in its.jobs:
             where = chosen(len(count(its, job, looks)), effort)
             if where:
                 trial = Trial(its, job, looks, cancel, judge)
-                rows.append(trial.rows(NAME, job, where, effort, RIGHT))
-                say(f"{job}: {rows[-1].tried} of {where[-1] + 1} points")
-    return [*rows, *servers.cancels(effort, say)]
+                yield trial.rows(NAME, job, where, effort, RIGHT)
+    yield from servers.cancels(effort, say)

@@ -40,19 +40,18 @@ MAKE = (
 )
 
 
-def run(effort: Effort, say: Callable[[str], None]) -> list[Row]:
+def run(effort: Effort, say: Callable[[str], None]) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         say("making the undamaged files")
         made = Path(folder) / "samples"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", MAKE, str(made)]
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        return run_on(made, effort, say)
+        yield from run_on(made, effort, say)
 
 
-def run_on(made: Path, effort: Effort, say: Callable[[str], None], only: str = "") -> list[Row]:
+def run_on(made: Path, effort: Effort, say: Callable[[str], None], only: str = "") -> Iterator[Row]:
     """made: the folder of samples; kinds whose name holds `only` and whose samples are there."""
-    rows = []
     with tempfile.TemporaryDirectory() as folder, _Process(made, Path(folder)) as process:
         for kind, one in cases.KINDS.items():
             if only not in kind or not any(made.glob(one.samples)):
@@ -67,9 +66,7 @@ def run_on(made: Path, effort: Effort, say: Callable[[str], None], only: str = "
                 else:
                     row.findings.append(f"number {number}, seed {effort.seed}, {finding}")
                     say(f"{kind}: {row.findings[-1]}")
-            say(f"{kind}: {row.tried} tried, {len(row.findings)} findings")
-            rows.append(row)
-    return rows
+            yield row
 
 
 class _Process:

@@ -255,10 +255,12 @@ def file_rows(its: Subject, effort: Effort) -> list[Row]:
     return rows
 
 
-def run(effort: Effort, say: Callable[[str], None]) -> list[Row]:
+def run(effort: Effort, say: Callable[[str], None]) -> Iterator[Row]:
     from . import servers
 
     with subject() as its:
-        rows = modelopt_rows(its, effort) + file_rows(its, effort) + disks.rows(its, effort)
-        rows += memory_rows(its, effort, say)
-    return rows + servers.faults(effort)
+        yield from modelopt_rows(its, effort)
+        yield from file_rows(its, effort)
+        yield from disks.rows(its, effort)
+        yield from memory_rows(its, effort, say)
+    yield from servers.faults(effort)

@@ -11,7 +11,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -193,11 +193,11 @@ def kill_saves(saves: Saves, effort: Effort, wanted: int) -> Row:
     return row
 
 
-def run(effort: Effort, say: Callable[[str], None]) -> list[Row]:
+def run(effort: Effort, say: Callable[[str], None]) -> Iterator[Row]:
     from . import servers
 
     if not hasattr(os, "fork"):
         raise UserError("kills need fork, which Windows has not: run them on Linux or macOS")
     with subject() as its:
-        row = kill_saves(Saves(its), effort, effort.count(FULL))
-    return [row, servers.kills(effort, effort.count(ON_SERVERS))]
+        yield kill_saves(Saves(its), effort, effort.count(FULL))
+    yield servers.kills(effort, effort.count(ON_SERVERS))

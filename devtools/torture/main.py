@@ -5,75 +5,116 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from ..common import ROOT, say
+from ..common import UserError, say
 from .outcome import Effort, Row
 
 # modules of this package, in the order in which they run
 CAMPAIGNS: tuple[str, ...] = (
     "damage", "conversions", "kills", "faults", "cancels", "soak", "side_by_side"
 )  # fmt: skip
-RESULTS = ROOT / "benchmarks" / "results" / "torture.json"
 
 
-def markdown(rows: list[Row], facts: dict[str, str]) -> str:
-    """The page: one line a kind of case, then every finding."""
+def markdown(result: dict[str, Any]) -> str:
+    """The page: how each campaign was run, one line a kind of case, then every finding."""
+    rows = [row for one in result.values() for row in one["rows"]]
+    findings = [(row, one) for row in rows for one in row["findings"]]
     lines = [
         "# What it survives",
         "",
-        f"`{facts['command']}`, {facts['machine']}, {facts['minutes']} minutes.",
+        f"{sum(row['tried'] for row in rows):,} cases, {len(findings)} findings. To repeat it:",
+        "",
+        *(
+            f"- {name}: `{one['command']}` ({one['minutes']} minutes; {one['machine']}"
+            + (f"; {one['cut']}" if one["cut"] else "")
+            + ")"
+            for name, one in result.items()
+        ),
         "",
         "| campaign | kind of case | tried | outcome | findings |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        outcomes = "; ".join(f"{count} {what}" for what, count in row.outcomes.most_common())
+        counts = sorted(row["outcomes"].items(), key=lambda item: -item[1])
+        outcomes = "; ".join(f"{count} {what}" for what, count in counts)
         lines.append(
-            f"| {row.campaign} | {row.kind} | {row.tried} | {outcomes} | {len(row.findings)} |"
+            f"| {row['campaign']} | {row['kind']} | {row['tried']} | {outcomes} "
+            f"| {len(row['findings'])} |"
         )
-    findings = [(row, one) for row in rows for one in row.findings]
-    lines += ["", f"{len(findings)} findings." if findings else "No findings."]
-    lines += [f"- {row.campaign}, {row.kind}: {one}" for row, one in findings]
-    return "\n".join(lines) + "\n"
+    lines += ["", *(f"- {row['campaign']}, {row['kind']}: {one}" for row, one in findings)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def command_of(args: argparse.Namespace, name: str) -> str:
+    """What runs this campaign alone, the same way."""
+    given = {"only": name, **{key: getattr(args, key) for key in ("share", "seed", "minutes")}}
+    options = [f"--{key} {value}" for key, value in given.items() if value not in (None, 1.0, 0)]
+    return " ".join(["python dev.py torture", *options])
+
+
+def campaign(name: str, effort: Effort, tell: Callable[[str], None]) -> list[Row]:
+    """Its rows; what ends the campaign itself is a finding."""
+    module = importlib.import_module(f".{name}", __package__)
+    rows: list[Row] = []
+    try:
+        for row in module.run(effort, tell):
+            rows.append(row)
+            tell(f"{row.kind}: {row.tried} tried, {len(row.findings)} findings")
+    except UserError:
+        raise
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        tell(text)
+        rows.append(Row(module.NAME, "the campaign", findings=[f"it ended with {error!r}"]))
+    return rows
 
 
 def main(args: argparse.Namespace) -> int:
     """Status 1 where anything was found. args: `only`, `minutes`, `share`, `seed`, `out`."""
-    started = time.monotonic()
-    deadline = started + 60 * args.minutes if args.minutes else float("inf")
+    deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     names = args.only.split(",") if args.only else list(CAMPAIGNS)
-    rows: list[Row] = []
+    unknown = [name for name in names if name not in CAMPAIGNS]
+    if unknown:
+        raise UserError(
+            f"--only must name campaigns of {', '.join(CAMPAIGNS)}, got {', '.join(unknown)}: "
+            "correct it"
+        )
+    result: dict[str, Any] = {}
     for index, name in enumerate(names):
+        started = time.monotonic()
         # what is left is shared evenly by the campaigns that are left
-        left = (deadline - time.monotonic()) / (len(names) - index)
-        effort = Effort(args.share, args.seed, time.monotonic() + left)
-        module = importlib.import_module(f".{name}", __package__)
-        say(f"{module.NAME}:", file=sys.stderr)
-        for row in module.run(effort, lambda text: say(f"  {text}", file=sys.stderr)):
-            rows.append(row)
-            say(f"  {row.kind}: {row.tried} tried, {len(row.findings)} findings", file=sys.stderr)
-    options = [f"--{k} {v}" for k in ("only", "minutes", "share", "seed")
-               if (v := getattr(args, k)) not in (None, 1.0, 0)]  # fmt: skip
-    facts = {
-        "command": " ".join(["python dev.py torture", *options]),
-        "machine": f"{platform.system()}, Python {platform.python_version()}",
-        "minutes": f"{(time.monotonic() - started) / 60:.0f}",
-    }
-    text = markdown(rows, facts)
-    say(text)
-    if args.out is not None:
-        write(args.out, rows, facts, text)
-    return 1 if any(row.findings for row in rows) else 0
+        left = (deadline - started) / (len(names) - index)
+        effort = Effort(args.share, args.seed, started + left)
+        say(f"{name}:", file=sys.stderr)
+        rows = campaign(name, effort, lambda text: say(f"  {text}", file=sys.stderr))
+        result[name] = {
+            "command": command_of(args, name),
+            "machine": f"{platform.system()}, Python {platform.python_version()}, "
+            f"{os.cpu_count()} cores",
+            "minutes": round((time.monotonic() - started) / 60),
+            "cut": "the time was up before all cases were tried" if effort.over else "",
+            # not `asdict`: it makes a Counter anew from pairs, which then are what is counted
+            "rows": [vars(row) | {"tried": row.tried} for row in rows],
+        }
+        if args.out is not None:
+            write(args.out, result)
+    say(markdown(result))
+    return 1 if any(row["findings"] for one in result.values() for row in one["rows"]) else 0
 
 
-def write(path: Path, rows: list[Row], facts: dict[str, str], text: str) -> None:
-    """The JSON at `path`, the page beside it."""
+def write(path: Path, result: dict[str, Any]) -> None:
+    """The JSON at `path`, the page beside it. What is there of other campaigns stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # not `asdict`: it makes a Counter anew from pairs, which then are what is counted
-    result = {**facts, "rows": [vars(row) | {"tried": row.tried} for row in rows]}
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known |= result
+    whole = {name: known[name] for name in CAMPAIGNS if name in known}
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(whole), encoding="utf-8")
