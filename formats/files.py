@@ -211,7 +211,11 @@ def metadata_of(
             raise SafetensorError(f"a header of {length} bytes")
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
-    except (SafetensorError, OSError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's, of a file cut off meanwhile
         raise ValueError(
             f"{what} must be a whole safetensors file, {path} is not ({brief(str(error))}): {remedy}"
         ) from error
@@ -222,14 +226,20 @@ def metadata_of(
 def read_header(path: Path | str) -> tuple[dict, dict[str, Layer]] | None:
     """Header and layers of a file of ours, without its tensors and what follows from them; None for
     a safetensors file that has no header of ours. Raises ValueError in house form."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     metadata, names = metadata_of(path)
     places = [key for key in names if key.rpartition(".")[2] == HEADER_TENSOR]
     tensors = {}
     if HEADER not in metadata and places:
-        with safe_open(path, framework="pt") as file:
-            tensors = {places[0]: file.get_tensor(places[0])}
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {places[0]: file.get_tensor(places[0])}
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"a file must stay as it is while it is read, {path} did not ({brief(str(error))}): "
+                "read it again"
+            ) from error
     _, text = _unpacked(tensors, metadata)
     if text is None:
         return None

@@ -174,7 +174,11 @@ def load(path: str | os.PathLike[str]) -> Calibration:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: keep(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's, of a file cut off meanwhile
         raise ValueError(
             f"a calibration file must be a whole safetensors file, got {error} in {path}: "
             "copy it again or record it again"

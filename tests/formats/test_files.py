@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors
 import torch
 from comfyui_modelopt.formats import files
 from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
@@ -259,6 +260,21 @@ def test_bytes_are_the_librarys(tmp_path):
     with safe_open(tmp_path / "ours.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata.pop(checksums.ENTRY) and metadata == {"a": "1", "b": "ä"}
+
+
+def test_a_file_cut_off_while_it_is_opened(tmp_path, monkeypatch):
+    """Between the library's look at the file's length and torch's: what torch says then."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+
+    def cut(*args, **kwargs):
+        raise RuntimeError(f"file <{path}> size <8> is smaller than the required mapping size <9>")
+
+    monkeypatch.setattr(safetensors, "safe_open", cut)
+    with pytest.raises(
+        ValueError, match="must be a whole safetensors file, .*x.safetensors is not"
+    ):
+        files.metadata_of(path)
 
 
 def test_cancelled_save_leaves_nothing_behind(tmp_path, monkeypatch):
