@@ -140,7 +140,16 @@ def architecture(checkpoint: QuantizedCheckpoint, where: str):
     tensors = _seen_by_detection(checkpoint, torch.float32)
     # without markers: with them ComfyUI fails on an unknown architecture instead of saying so
     plain = {key: t for key, t in tensors.items() if not key.endswith(".comfy_quant")}
-    config = comfy.model_detection.model_config_from_unet(plain, "")
+    try:
+        config = comfy.model_detection.model_config_from_unet(plain, "")
+    except (
+        KeyError,
+        IndexError,
+    ) as error:  # it looks for names without asking whether they are there
+        raise ValueError(
+            f"the UNet must have all weights of its architecture, {error.args[0]} is missing in "
+            f"{where}: {REMEDY}"
+        ) from error
     if config is None:
         raise ValueError(
             f"the UNet must be of an architecture that ComfyUI knows, {where} is of none: {REMEDY}"

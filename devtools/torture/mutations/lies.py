@@ -98,7 +98,10 @@ def _duplicate(rng, header, content):
 
 
 def _duplicate_in_ours(rng, header, content):
-    name = rng.choice([n for n in header["__metadata__"] if header["__metadata__"][n][:1] == "{"])
+    ours = [n for n in header["__metadata__"] if header["__metadata__"][n][:1] == "{"]
+    if not ours:
+        return _duplicate(rng, header, content)
+    name = rng.choice(ours)
     text = header["__metadata__"][name]
     key = rng.choice([*json.loads(text)])
     made = text[:-1] + f", {json.dumps(key)}: {json.dumps(rng.choice(HOSTILE))}}}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +21,17 @@ NAMES = (
 
 def _tensors(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
     return {
-        name: (tensor.dtype, tuple(tensor.shape), _bytes(tensor))
+        name: (tensor.dtype, tuple(tensor.shape), _digest(tensor))
         for name, tensor in tensors.items()
     }
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
+def _digest(tensor: torch.Tensor) -> bytes:
+    """Of its bytes, which are not copied: what is counted is the pack's own memory."""
     if hasattr(tensor, "dequantize") and type(tensor) is not torch.Tensor:
         tensor = tensor.dequantize().detach()
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _checkpoint(checkpoint) -> tuple:
@@ -75,7 +78,7 @@ def calibration(path: Path, rng: random.Random) -> Callable[[], Any]:
         for run in found.runs:
             held: list = []
             for record in run.records:
-                plain = record.map(lambda tensor, held=held: held.append(_bytes(tensor)) or tensor)
+                plain = record.map(lambda tensor, held=held: held.append(_digest(tensor)) or tensor)
                 held.append((dict(plain.plain), plain.index, plain.kind))
             runs.append((run.facts(), held))
         return found.signature, found.source, runs
