@@ -31,7 +31,8 @@ function fit(node) {
 /** Shows again what a node showed before its workflow's tab was left: the page brings the outputs back
  * a moment after the nodes. */
 function recall(node, tries = 10) {
-  const found = app.nodeOutputs?.[node.id];
+  const inside = node.graph?.isRootGraph === false; // a subgraph's nodes have numbers of their own
+  const found = app.nodeOutputs?.[inside ? `${node.graph.id}:${node.id}` : node.id];
   if (found) output(node, found);
   else if (tries && node.graph) setTimeout(recall, 100, node, tries - 1);
 }

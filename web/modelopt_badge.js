@@ -56,7 +56,7 @@ export function followWidgets(node, id) {
   const known = new WeakSet();
   let timer;
   let shown;
-  let opened; // the file that the workflow came with, which need not be there
+  let opened; // what the workflow came with: its file need not be there
   const refresh = async () => {
     watch(); // a chosen format brings widgets of its own
     const asked = query(ASKED[id](node));
@@ -64,8 +64,8 @@ export function followWidgets(node, id) {
     shown = asked;
     const found = await ask(asked);
     if (asked !== shown) return;
-    const file = value(node, "unet_name");
-    if (found.made_by || file !== opened) keepMadeBy(node, found.made_by ?? "");
+    const known = opened?.file === value(node, "unet_name") ? opened.text : "";
+    keepMadeBy(node, found.made_by || known);
     showChips(node, found.chips);
   };
   const later = () => {
@@ -87,7 +87,7 @@ export function followWidgets(node, id) {
   const onConfigure = node.onConfigure;
   node.onConfigure = function () {
     onConfigure?.apply(this, arguments);
-    opened = value(node, "unet_name");
+    opened = { file: value(node, "unet_name"), text: value(node, "made_by") };
     later();
   };
   watch();

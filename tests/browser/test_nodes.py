@@ -134,5 +134,12 @@ def test_the_badge_tells_a_file_before_it_is_loaded(page, server):
     page.load(saved)
     expect_chips(page, node, ["cannot be read"])
     assert page.widgets(node)["made_by"] == made_by, "kept for whoever has not got the file"
+    page.set_widget(node, "unet_name", "other.safetensors")
+    expect_chips(page, node, ["cannot be read"])
+    page.settle()
+    assert page.widgets(node)["made_by"] == ""
+    page.set_widget(node, "unet_name", "gone.safetensors")
+    page.settle()
+    assert page.widgets(node)["made_by"] == made_by, "and when one comes back to it"
     sent = page.prompt()[str(node)]["inputs"]
     assert sent["made_by"] == made_by and "modelopt_chips" not in json.dumps(sent)
