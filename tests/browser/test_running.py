@@ -114,6 +114,8 @@ def keeps_its_report(page, node: int, report: str) -> None:
     page.page.get_by_role("button", name="Toggle properties panel").click()
     page.settle(1500)
     assert page.page.get_by_text("modelopt_report").count() == 0
+    page.frame([node])  # what is out of sight has no size
+    page.settle(1000)
     width, whole = page.run(
         """(id) => {
           const node = app.graph.getNodeById(id);
