@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 PIECE = 2**24
 # in the place of a digest that is not known yet
@@ -29,18 +31,30 @@ def of(path: Path, step: Callable[[], None] = lambda: None) -> str:
     key = _key(path)
     if key not in _known:
         digest = hashlib.sha256()
-        try:
-            with path.open("rb") as file:
-                while piece := file.read(PIECE):
-                    digest.update(piece)
-                    step()
-        except OSError as error:
-            raise OSError(
-                f"the file that a model is loaded from must be readable, for its hash, got {error} in "
-                f"{path}: check the disk, or get the file again"
-            ) from error
+        with _readable(path):
+            file = path.open("rb")
+        with file:
+            while piece := _read(file, path):
+                digest.update(piece)
+                step()
         _known[key] = digest.hexdigest()
     return _known[key]
+
+
+def _read(file: BinaryIO, path: Path) -> bytes:
+    with _readable(path):
+        return file.read(PIECE)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"the file that a model is loaded from must be readable, for its hash, got {error} in "
+            f"{path}: check the disk, or get the file again"
+        ) from error
 
 
 def combined(digests: list[str]) -> str:

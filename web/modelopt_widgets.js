@@ -5,6 +5,7 @@ const MOST_LINES = 18;
 const CHART = 92;
 const CHIPS = 50; // two rows
 const FOOTER = 30; // the line below a node in Nodes 2.0
+const AROUND = 180; // of a picture in Nodes 2.0: its size in words, and what rows share
 const LEAST_PICTURE = 220; // what `computeSize` counts for the page's own picture
 export const WIDTH = 460;
 
@@ -53,7 +54,8 @@ export function makeRoom(node, url) {
     const [width, height] = node.size;
     const there = existing(node, "$$canvas-image-preview") ? LEAST_PICTURE : 0;
     const high = (width * picture.naturalHeight) / picture.naturalWidth;
-    node.setSize([width, Math.max(height, wanted(node) - there + high)]);
+    const around = LiteGraph.vueNodesMode ? AROUND : 0;
+    node.setSize([width, Math.max(height, wanted(node) - there + high + around)]);
     node.setDirtyCanvas?.(true, true);
   };
   picture.src = url;

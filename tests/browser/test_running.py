@@ -236,10 +236,12 @@ def test_text_is_shown_as_text(page, server):
 
 
 def test_a_missing_file_says_how_it_was_made(page, server):
-    page.load(template(server, "generate"))
-    node = node_of(page, "ModelOptLoadUNet")
+    workflow = template(server, "generate")
+    (made,) = (node for node in workflow["nodes"] if node["type"] == "ModelOptLoadUNet")
+    made_by = "sd15.safetensors: fp8, max (activations static), linear + conv"
+    made["widgets_values"] = ["gone.safetensors", False, made_by]
+    page.load(workflow)
     page.settle(800)
-    page.set_widget(node, "unet_name", "gone.safetensors")
     page.run(
         """() => {
           window.refused = null;
@@ -255,4 +257,4 @@ def test_a_missing_file_says_how_it_was_made(page, server):
     page.problems.clear()  # the page logs the server's refusal
     refused = page.run("() => window.refused")
     assert "gone.safetensors" in refused
-    assert "made by: sd15.safetensors: fp8, max (activations static), linear + conv" in refused
+    assert f"made by: {made_by}" in refused

@@ -49,7 +49,7 @@ while time.time() < until:
     if inside.exists() and claims.born(int(inside.read_text() or 0)) is not None:
         print("two at once", flush=True)
     inside.write_text(str(os.getpid()))
-    if random.random() < 0.02:
+    if sys.argv[2] != "0" and random.random() < 0.02:  # one lives, however fast the machine is
         os._exit(9)
     inside.write_text("0")
     claim.release()
