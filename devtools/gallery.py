@@ -28,7 +28,7 @@ FILES = {
 }
 NOTE = (420, 17)  # width of a note, height of its lines, pixels
 # what nodes grow by once they have run, pixels: the report, the bars of the blocks, Compare's chart
-REPORT, BARS, CHART = 320, 110, 800
+REPORT, BARS, CHART = 320, 110, 600
 ROOM = {
     "ModelOptAutoQuantize": REPORT + BARS,
     "ModelOptCompare": REPORT + CHART,
