@@ -8,7 +8,6 @@ from pathlib import Path
 import comfy.sd
 
 from ..formats import files
-from ..utils import out_of_memory
 from ..utils.report import megabytes
 
 MARKER = ".comfy_quant"
@@ -16,7 +15,6 @@ MARKER = ".comfy_quant"
 OLD = "scaled_fp8"
 
 
-@out_of_memory.explained("loading", out_of_memory.FREE)
 def is_stock(path: str) -> bool:
     """Whether a file is quantized in ComfyUI's form and was not saved by this pack.
 
@@ -32,7 +30,6 @@ def is_stock(path: str) -> bool:
     )
 
 
-@out_of_memory.explained("loading", out_of_memory.FREE)
 def load(path: str):
     """File -> MODEL, exactly as "Load Diffusion Model" gives it. Raises ValueError in house form."""
     try:
@@ -41,8 +38,6 @@ def load(path: str):
         *(RuntimeError, ValueError, TypeError, AttributeError),
         *(KeyError, IndexError, AssertionError),
     ) as error:
-        if out_of_memory.ran_out(error):
-            raise
         raise ValueError(
             f"a quantized file without this pack's header must be one that stock ComfyUI opens, "
             f"{path} is not ({error}): get it again, or ask its author what it is for"
