@@ -64,7 +64,8 @@ export function followWidgets(node, id) {
     shown = asked;
     const found = await ask(asked);
     if (asked !== shown) return;
-    const known = opened?.file === value(node, "unet_name") ? opened.text : "";
+    const same = opened && opened.file === value(node, "unet_name"); // other nodes have no file
+    const known = same ? opened.text : "";
     keepMadeBy(node, found.made_by || known);
     showChips(node, found.chips);
   };
