@@ -2,8 +2,7 @@
 
 The header's entry `modelopt_crc32` is JSON: `metadata`, entry -> CRC of its text in UTF-8, and
 `tensors`, the CRCs of all tensors one after the other, in the order of their names. A tensor's is that
-of `dtype shape name`, a line end and its bytes. A CRC finds accidents, not forgery; it is here because
-it is cheap: zlib 1.2.13 makes 2.6 GB/s on a core that makes 1.1 of SHA-256 and 0.6 of BLAKE2.
+of `dtype shape name`, a line end and its bytes. A CRC finds accidents, not forgery.
 """
 
 from __future__ import annotations

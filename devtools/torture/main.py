@@ -1,4 +1,4 @@
-"""Runs the campaigns and writes what they found, as JSON and as the page the README links to."""
+"""Runs the campaigns and writes what they found, as JSON and as a page."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of a campaign is run: `share` of its full number of cases (1: all of them, that of
-    the README's table), from `seed` on, and no case begun after `deadline` (time.monotonic())."""
+    """How much of a campaign is run: `share` of its full number of cases (1: all of them),
+    from `seed` on, and no case begun after `deadline` (time.monotonic())."""
 
     share: float = 1.0
     seed: int = 0

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -196,10 +195,11 @@ def test_a_prefix_that_leaves_the_folder_is_refused(models, prefix, tmp_path):
     models.mkdir(parents=True)
     outside = tmp_path / "outside"
     outside.mkdir()
-    if sys.platform != "win32":
-        (models / "link").symlink_to(outside)
-    elif prefix == "link/x":
-        pytest.skip("links need rights on Windows")
+    if prefix == "link/x":
+        try:
+            (models / "link").symlink_to(outside)
+        except OSError as error:  # Windows asks for a right that not everybody has
+            pytest.skip(f"no links can be made here: {error}")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match="inside ComfyUI's models folder, got .*: use a plain"):
         saved(prefix)
