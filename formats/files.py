@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..utils import checksums
+from ..utils import checksums, out_of_memory
 from ..utils.files import DTYPES, header_text, save_safetensors, whole_header
 from ..utils.text import brief, brief_repr, read_json
 from . import FORMATS, int8
@@ -75,6 +75,7 @@ def marked(checkpoint: QuantizedCheckpoint) -> dict[str, torch.Tensor]:
     return checkpoint.tensors | markers
 
 
+@out_of_memory.explained("saving", out_of_memory.FREE)
 def write(
     checkpoint: QuantizedCheckpoint,
     path: Path | str,
@@ -216,6 +217,8 @@ def metadata_of(
         OSError,
         RuntimeError,
     ) as error:  # torch's, of a file cut off meanwhile
+        if out_of_memory.ran_out(error):
+            raise
         raise ValueError(
             f"{what} must be a whole safetensors file, {path} is not ({brief(str(error))}): {remedy}"
         ) from error
@@ -236,6 +239,8 @@ def read_header(path: Path | str) -> tuple[dict, dict[str, Layer]] | None:
             with safe_open(path, framework="pt") as file:
                 tensors = {places[0]: file.get_tensor(places[0])}
         except (SafetensorError, OSError, RuntimeError) as error:
+            if out_of_memory.ran_out(error):
+                raise
             raise ValueError(
                 f"a file must stay as it is while it is read, {path} did not ({brief(str(error))}): "
                 "read it again"

@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.sd
 
 from ..formats import files
+from ..utils import out_of_memory
 from ..utils.report import megabytes
 
 MARKER = ".comfy_quant"
@@ -15,6 +16,7 @@ MARKER = ".comfy_quant"
 OLD = "scaled_fp8"
 
 
+@out_of_memory.explained("loading", out_of_memory.FREE)
 def is_stock(path: str) -> bool:
     """Whether a file is quantized in ComfyUI's form and was not saved by this pack.
 
@@ -30,6 +32,7 @@ def is_stock(path: str) -> bool:
     )
 
 
+@out_of_memory.explained("loading", out_of_memory.FREE)
 def load(path: str):
     """File -> MODEL, exactly as "Load Diffusion Model" gives it. Raises ValueError in house form."""
     try:
@@ -38,6 +41,8 @@ def load(path: str):
         *(RuntimeError, ValueError, TypeError, AttributeError),
         *(KeyError, IndexError, AssertionError),
     ) as error:
+        if out_of_memory.ran_out(error):
+            raise
         raise ValueError(
             f"a quantized file without this pack's header must be one that stock ComfyUI opens, "
             f"{path} is not ({error}): get it again, or ask its author what it is for"

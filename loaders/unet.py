@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections import Counter
+from collections.abc import Callable
 
 import comfy.model_detection
 import comfy.model_management
@@ -29,9 +31,10 @@ ATTACHMENT = "modelopt"
 UNET = "diffusion_model."
 
 
-def read(path: str) -> QuantizedCheckpoint:
-    """Reads a file memory-mapped, through ComfyUI's own reader. Raises ValueError in house form."""
-    tensors, metadata = reading.tensors_of(path)
+def read(path: str, step: Callable[[int], None] = reading.unless_cancelled) -> QuantizedCheckpoint:
+    """Reads a file memory-mapped, through ComfyUI's own reader. step: as of `checksums.check`. Raises
+    ValueError in house form."""
+    tensors, metadata = reading.tensors_of(path, step)
     return files.parse(tensors, metadata, path)
 
 
@@ -42,13 +45,14 @@ def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
     compiled: its blocks go through torch.compile at the first call. Raises ValueError for a file that
     is damaged, foreign or too new.
     """
-    step = progress(2)
-    checkpoint = read(path)
-    step()
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    step = progress(2 * size)
+    checkpoint = read(path, step)
+    step(0)
     model = load(checkpoint, where=path, takes=True)
     if compiled:
         compiling.compile_blocks(model)
-    step()
+    step(size)
     model.cached_patcher_init = (load_file, (path, compiled))
     return model
 

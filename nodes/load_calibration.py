@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..quantize import calibration as calibration_file
+from ..utils.progress import progress
 from ..utils.report import calibration_line
 from . import folders
 from .shown import shown
@@ -50,5 +51,5 @@ class LoadCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, calibration_name: str) -> io.NodeOutput:
         path = folders.find(folders.CALIBRATION, calibration_name)
-        made = calibration_file.load(path)
+        made = calibration_file.load(path, progress)
         return io.NodeOutput(made, ui=shown(calibration_line(made.summary())))

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..formats import files
-from ..utils import checksums
+from ..utils import checksums, out_of_memory
 from ..utils.files import save_safetensors
 from ..utils.finite import all_finite
 from ..utils.text import brief, brief_repr, read_json
@@ -123,6 +123,7 @@ class Calibration:
 # --- the file ---
 
 
+@out_of_memory.explained("saving", out_of_memory.FREE)
 def save(
     calibration: Calibration,
     path: str | os.PathLike[str],
@@ -157,9 +158,14 @@ def save(
     return path
 
 
-def load(path: str | os.PathLike[str]) -> Calibration:
+@out_of_memory.explained("loading", out_of_memory.FREE)
+def load(
+    path: str | os.PathLike[str],
+    begin: Callable[[int], Callable[[int], None]] = lambda total: lambda size: None,
+) -> Calibration:
     """Read a file of `save`.
 
+    begin: bytes of the file -> the `step` of `checksums.check`.
     Raises ValueError for a file that is truncated, of something else, damaged, or newer than this.
     """
     path = Path(path)
@@ -170,7 +176,7 @@ def load(path: str | os.PathLike[str]) -> Calibration:
             "choose a file that Save Calibration wrote"
         )
     header = _read_header(metadata[METADATA], path)
-    checksums.check(path)
+    checksums.check(path, begin(path.stat().st_size))
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {name: keep(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
@@ -179,6 +185,8 @@ def load(path: str | os.PathLike[str]) -> Calibration:
         OSError,
         RuntimeError,
     ) as error:  # torch's, of a file cut off meanwhile
+        if out_of_memory.ran_out(error):
+            raise
         raise ValueError(
             f"a calibration file must be a whole safetensors file, got {error} in {path}: "
             "copy it again or record it again"

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 import zlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from . import out_of_memory
 from .text import brief, brief_repr, read_json
 
 ENTRY = "modelopt_crc32"
@@ -22,9 +25,14 @@ DIGITS = 8
 PIECE = 2**22
 MOST_THREADS = 4
 WORTH_A_THREAD = 2**24  # bytes
+TICK = 0.1  # seconds from one call of `step` to the next
+# seconds for which a file that was written may be written again without another time of change
+UNSETTLED = 3.0
 # a header of 100,000 tensors is smaller
 LONGEST_HEADER = 2**24
 REMEDY = "the file is damaged or incomplete, get it again"
+# file as it was checked -> whether it has checksums
+_checked: dict[tuple, bool] = {}
 
 
 def of_text(text: str) -> str:
@@ -59,19 +67,35 @@ def check_metadata(metadata: Mapping[str, str], where: object) -> None:
             )
 
 
-def check(path: Path | str) -> bool:
-    """Whether the file has checksums. Raises ValueError where it is not as it was saved.
+def check(path: Path | str, step: Callable[[int], None] = lambda size: None) -> bool:
+    """Whether the file has checksums. Raises ValueError where it is not as it was saved, or cannot be
+    read. Remembered while the file does not change.
+
+    step: is called from time to time, in this thread, with the bytes read since; may raise.
 
     It is read from the disk, not through a memory map: a file that is cut off meanwhile gives a short
     read, where touching a map would end the process.
     """
     try:
         with open(path, "rb") as file:
-            header, start = _header(file, path)
+            state = os.fstat(file.fileno())
+            key = (str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+            if key not in _checked:
+                found = _check(file, path, step)
+                if time.time() - max(state.st_mtime, state.st_ctime) < UNSETTLED:
+                    return found
+                _checked[key] = found
     except OSError as error:
+        if out_of_memory.ran_out(error):
+            raise
         raise ValueError(
-            f"{path} must be a file that can be read, got {error}: {REMEDY}"
+            f"{path} must be a file that can be read, got {error}: check the disk, or get it again"
         ) from error
+    return _checked[key]
+
+
+def _check(file, path: Path | str, step: Callable[[int], None]) -> bool:
+    header, start = _header(file, path)
     metadata = header.pop("__metadata__", {})
     check_metadata(metadata, path)
     wanted, _ = _read(metadata, path)
@@ -84,9 +108,7 @@ def check(path: Path | str) -> bool:
         )
     size = sum(_size(one) for one in header.values())
     groups = _groups(header, min(MOST_THREADS, os.cpu_count() or 1, 1 + size // WORTH_A_THREAD))
-    with ThreadPoolExecutor(len(groups)) as pool:
-        parts = list(pool.map(lambda names: _of_tensors(path, header, names, start), groups))
-    found = {name: value for part in parts for name, value in part.items()}
+    found = _in_threads(path, header, groups, start, step)
     for index, name in enumerate(sorted(header)):
         saved, there = wanted[DIGITS * index : DIGITS * (index + 1)], _hex(found[name])
         if saved != there:
@@ -95,6 +117,43 @@ def check(path: Path | str) -> bool:
                 f"{there} in {path}: {REMEDY}"
             )
     return True
+
+
+def _in_threads(
+    path: Path | str,
+    header: Mapping[str, Any],
+    groups: list[list[str]],
+    start: int,
+    step: Callable[[int], None],
+) -> dict[str, int]:
+    """The CRC of each tensor, a thread for a group of them."""
+    read = [0] * len(groups)  # each is counted by one thread
+    stop = threading.Event()
+
+    def counts(index: int) -> Callable[[int], bool]:
+        def count(size: int) -> bool:
+            read[index] += size
+            return stop.is_set()
+
+        return count
+
+    with ThreadPoolExecutor(len(groups)) as pool:
+        parts = [
+            pool.submit(_of_tensors, path, header, names, start, counts(index))
+            for index, names in enumerate(groups)
+        ]
+        told, left = 0, set(parts)
+        try:
+            while left:
+                done, left = wait(parts, TICK, FIRST_EXCEPTION)
+                now = sum(read)
+                step(now - told)
+                told = now
+                if any(one.exception() is not None for one in done):
+                    break
+        finally:
+            stop.set()
+    return {name: value for one in parts for name, value in one.result().items()}
 
 
 def _hex(value: int) -> str:
@@ -168,8 +227,13 @@ def _size(tensor: Mapping[str, Any]) -> int:
 
 
 def _of_tensors(
-    path: Path | str, header: Mapping[str, Any], names: list[str], start: int
+    path: Path | str,
+    header: Mapping[str, Any],
+    names: list[str],
+    start: int,
+    count: Callable[[int], bool],
 ) -> dict[str, int]:
+    """count: is given the bytes of each piece; true ends the work, whose result nobody wants."""
     found = {}
     with open(path, "rb", buffering=0) as file:
         for name in names:
@@ -186,4 +250,6 @@ def _of_tensors(
                     )
                 found[name] = zlib.crc32(piece, found[name])
                 left -= len(piece)
+                if count(len(piece)):
+                    return found
     return found

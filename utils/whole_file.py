@@ -8,6 +8,7 @@ lock with the process, so that what somebody else is writing now is told from wh
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import logging
@@ -65,6 +66,8 @@ def whole_file(path: Path | str, needed: int) -> Iterator[BinaryIO]:
     except NameTaken:
         raise
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # not the folder's fault
+            raise
         raise OSError(
             f"saving needs a folder that can be written and {needed / 1e6:,.0f} MB of free space, "
             f"got {error} in {path.parent} ({_free(path.parent)}): free some space, correct the "

@@ -88,12 +88,13 @@ def of_each_line(lines: list[str]) -> list[int]:
 
 
 def says_memory(error: BaseException | None) -> str | None:
-    """Right is what ComfyUI takes for memory, as it then unloads all models, in words of ours."""
+    """Right is what says whose memory ran out, in words of ours: a GPU's makes ComfyUI unload all
+    models."""
     import torch
 
     if error is None and _tries_again:
         return None
-    if not isinstance(error, torch.OutOfMemoryError):
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"it ended with {error!r}" if error else "it went on to its end"
     if "needs" not in str(error) or "nothing was changed" not in str(error):
         return f"it says only: {error}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from ...formats.checkpoint import Input, Layer, QuantizedCheckpoint
+from ...utils import out_of_memory
 from ...utils.finite import all_finite
 
 
@@ -33,6 +34,8 @@ def damage_named(module: str, where: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, IndexError, TypeError, AttributeError, KeyError) as error:
+        if out_of_memory.ran_out(error):
+            raise
         raise ValueError(
             f"the quantizers of a layer must fit its weight, those of {module} in {where} do not "
             f"({' '.join(str(error).split())[:200]}): the file is damaged, get it again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...utils import packages
+from ...utils import out_of_memory, packages
 from ...utils.text import brief
 
 
@@ -35,6 +35,8 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> to
             member.load_state_dict(own, strict=False)
             value = member(value)
         except Exception as error:  # states and scales are the file's: any kind of error
+            if out_of_memory.ran_out(error):
+                raise
             raise ValueError(
                 f"ModelOpt must be able to compute {name}'s weight here, it cannot "
                 f"({brief(str(error))}) in {where}: import the checkpoint on a machine with an NVIDIA "

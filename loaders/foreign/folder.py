@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...utils import checksums
+from ...utils import checksums, out_of_memory
 from ...utils.text import brief, read_json
 from .. import reading
 
@@ -47,6 +47,8 @@ def _object(file: Path) -> dict:
             raise ValueError(f"more than {checksums.LONGEST_HEADER} bytes")
         found = read_json(text.decode("utf-8"))
     except (OSError, ValueError) as error:
+        if out_of_memory.ran_out(error):
+            raise
         raise ValueError(f"{file} must be JSON, found {brief(str(error))}: {AGAIN}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must be a JSON object, found {type(found).__name__}: {AGAIN}")

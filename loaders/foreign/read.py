@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...formats.checkpoint import QuantizedCheckpoint
-from ...utils import sha256
+from ...utils import out_of_memory, sha256
 from ...utils.text import read_json
 from .. import reading, unet
 from . import architecture, folder, torch_file
@@ -16,6 +16,7 @@ from .restored import Restored
 from .unified import Exported
 
 
+@out_of_memory.explained("importing", out_of_memory.FREE)
 def read(
     path: str | Path, started: Callable[[int], Callable[[], None]] = lambda total: lambda: None
 ) -> QuantizedCheckpoint:
