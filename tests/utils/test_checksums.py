@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
+import time
 
 import pytest
 import torch
@@ -117,3 +121,103 @@ def test_in_several_threads_as_in_one(tmp_path, monkeypatch):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="the bytes of t9 must be"):
         checksums.check(path)
+
+
+class Broken:
+    """A file of a disk that fails after the header."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def seek(self, *_):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (
+            errno.EIO,
+            ValueError,
+            "must be a file that can be read, got .*Input/output.*check the disk",
+        ),
+        (errno.ENOMEM, OSError, "Cannot allocate memory"),
+    ],
+)
+def test_a_disk_that_fails_while_it_is_read(saved, monkeypatch, number, kind, message):
+    def opened(path, mode, buffering=-1):
+        return (
+            open(path, mode, buffering)
+            if buffering
+            else Broken(OSError(number, os.strerror(number)))
+        )
+
+    monkeypatch.setattr(checksums, "open", opened, raising=False)
+    with pytest.raises(kind, match=message):
+        checksums.check(saved)
+
+
+def settled(path):
+    """As if it had been written a minute ago."""
+    os.utime(path, (time.time() - 60,) * 2)
+
+
+def test_progress(saved):
+    told, threads = [], set()
+
+    def step(size: int) -> None:
+        told.append(size)
+        threads.add(threading.current_thread())
+
+    checksums.check(saved, step)
+    assert sum(told) == 3 * 5 * 4 + 40
+    assert threads == {threading.current_thread()}
+
+
+def test_cancel(saved, monkeypatch):
+    """Ends the threads too, long before the end."""
+    calls, crc32 = [], checksums.zlib.crc32
+
+    def slow(*args):
+        time.sleep(0.02)
+        calls.append(args)
+        return crc32(*args)
+
+    def cancel(size: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checksums, "PIECE", 1)
+    monkeypatch.setattr(checksums, "TICK", 0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums.zlib, "crc32", slow)
+        patch.setattr(checksums, "check_metadata", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            checksums.check(saved, cancel)
+    assert len(calls) < 20
+
+
+def test_what_was_checked_is_not_checked_again_until_it_changes(saved, monkeypatch):
+    monkeypatch.setattr(checksums, "UNSETTLED", 0.0)
+    settled(saved)
+    assert checksums.check(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(checksums, "_check", lambda *_: pytest.fail("checked again"))
+        assert checksums.check(saved)
+    data = bytearray(saved.read_bytes())
+    data[-1] ^= 1
+    saved.write_bytes(data)
+    settled(saved)
+    with pytest.raises(ValueError, match="the bytes of b must be"):
+        checksums.check(saved)
+
+
+def test_what_was_written_just_now_is_checked_again(saved):
+    """Its next change may have the same time."""
+    assert checksums.check(saved)
+    assert not any(key[0] == str(saved) for key in checksums._checked)
