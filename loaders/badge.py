@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from ..formats import files
 from ..formats.checkpoint import Layer
-from ..utils import badge
+from ..utils import badge, out_of_memory
 from ..utils.report import megabytes, recipe_line
 from . import device, stock
 
@@ -15,6 +15,7 @@ from . import device, stock
 WEIGHTS_ONLY = "weights in few bits, computed in 16: saves memory, not time"
 
 
+@out_of_memory.explained("reading a file", out_of_memory.FREE)
 def of_file(path: str) -> tuple[list[dict[str, str]], str]:
     """Chips of a file for Load Quantized UNet: format, layers, size, how it runs here; and in a line
     how it was made, for workflows that name it ("" where its header does not say). Reads the header

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from comfy_api.latest import io
@@ -12,6 +13,8 @@ from ..quantize import export
 from ..utils.progress import progress
 from . import folders
 from .shown import shown
+
+EXTENSION = ".pt"
 
 
 class ExportCheckpoint(io.ComfyNode):
@@ -44,18 +47,22 @@ class ExportCheckpoint(io.ComfyNode):
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         if filename_prefix is None:
             return True
-        return folders.why_not(folders.CHECKPOINTS, filename_prefix) or True
+        return folders.why_not(folders.CHECKPOINTS, filename_prefix, EXTENSION) or True
 
     @classmethod
     def execute(cls, model, filename_prefix: str) -> io.NodeOutput:
         checkpoint = loader.to_checkpoint(model)
         config, names = model.model.model_config.unet_config, foreign.of_model(model)
-        notes: list[str] = []
+
+        @functools.cache
+        def made():  # once, also where another process takes the name meanwhile
+            return export.quantized_unet(
+                checkpoint, config, names, progress(len(checkpoint.layers))
+            )
 
         def write(path: Path) -> None:
-            step = progress(len(checkpoint.layers))
-            notes[:] = export.write(checkpoint, config, names, path, step)
+            export.save(made()[0], path)
 
-        path = folders.write_new(folders.CHECKPOINTS, filename_prefix, write, ".pt")
-        report = "\n".join([f"Written to {path}", *notes])
+        path = folders.write_new(folders.CHECKPOINTS, filename_prefix, write, EXTENSION)
+        report = "\n".join([f"Written to {path}", *made()[1]])
         return io.NodeOutput(path, report, ui=shown(report))

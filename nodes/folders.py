@@ -111,9 +111,15 @@ def _state(path: str) -> str:
     return f"{path}:{state.st_mtime_ns}:{state.st_size}"
 
 
-def why_not(folder: str, prefix: str) -> str | None:
+def _without(extension: str, prefix: str) -> str:
+    """A prefix without the extension, where that leaves a name."""
+    return prefix if PureWindowsPath(prefix).name == extension else prefix.removesuffix(extension)
+
+
+def why_not(folder: str, prefix: str, extension: str = ".safetensors") -> str | None:
     """The reason a filename prefix cannot be used, or None. Touches no file."""
     register()
+    prefix = _without(extension, prefix)
     root = root_of(folder)
     windows, posix = PureWindowsPath(prefix), PurePosixPath(prefix)  # either's `..` and roots
     leaves = windows.drive or windows.root or posix.root or ".." in windows.parts
@@ -133,11 +139,10 @@ def new_path(folder: str, prefix: str, extension: str = ".safetensors") -> Path:
     doubled. Raises ValueError where it is empty or leads out of the folder, or where no folder can
     be made.
     """
-    if PurePosixPath(prefix).stem:
-        prefix = prefix.removesuffix(extension)
-    reason = why_not(folder, prefix)
+    reason = why_not(folder, prefix, extension)
     if reason:
         raise ValueError(reason)
+    prefix = _without(extension, prefix)
     root = root_of(folder)
     try:
         os.makedirs(root, exist_ok=True)

@@ -46,7 +46,7 @@ async def answer(request: web.Request) -> web.Response:
             names = query.getall("format", [])
             chips = await asyncio.to_thread(formats_of, names, query.get("layers", ""))
             found = {"chips": chips}
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         return web.json_response({"error": str(error)})
     return web.json_response(found)
 

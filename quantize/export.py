@@ -15,9 +15,10 @@ import torch
 
 from ..formats import FORMATS, fp8, int8
 from ..formats.checkpoint import PER_TOKEN, Input, Layer, QuantizedCheckpoint
+from ..utils import out_of_memory
 from ..utils.whole_file import whole_file
 from . import diffusers_unet
-from .modelopt import E4M3, INT4_BLOCKS, OFF, PER_TENSOR, quiet, require
+from .modelopt import E4M3, INT4_BLOCKS, OFF, PER_TENSOR, failure_explained, quiet, require
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 MXFP8 = {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
@@ -46,13 +47,19 @@ def write(
     unet_config: ComfyUI's; names: diffusers' module name -> ComfyUI's. `step` is called after each
     layer. Raises ValueError for what cannot be exported, and the errors of `whole_file`.
     """
+    unet, notes = quantized_unet(checkpoint, unet_config, names, step)
+    save(unet, path)
+    return notes
+
+
+@out_of_memory.explained("exporting", out_of_memory.FREE)
+def save(unet: torch.nn.Module, path: Path | str) -> None:
+    """Writes what `quantized_unet` made. Errors as of `whole_file`."""
     import modelopt.torch.opt as mto
 
-    unet, notes = quantized_unet(checkpoint, unet_config, names, step)
     needed = sum(tensor.nbytes for tensor in unet.state_dict().values())
     with whole_file(path, needed) as file, disk_errors():
         mto.save(unet, file)
-    return notes
 
 
 @contextlib.contextmanager
@@ -66,6 +73,7 @@ def disk_errors() -> Iterator[None]:
         raise
 
 
+@out_of_memory.explained("exporting", out_of_memory.FREE)
 def quantized_unet(
     checkpoint: QuantizedCheckpoint,
     unet_config: Mapping[str, object],
@@ -112,7 +120,8 @@ def quantized_unet(
         if one.format in ("int8", "fp8") and one.amax is None:
             config = {"num_bits": config["num_bits"], **ROWS}
         entries.append({"quantizer_name": f"{module}.input_quantizer", "cfg": config})
-    with quiet(), torch.no_grad():
+    doing = f"it was given {len(kept)} layers to export"
+    with failure_explained(doing), quiet(), torch.no_grad():
         mtq.quantize(unet, {"quant_cfg": entries, "algorithm": "max"}, None)
     for module, layer in kept.items():
         _set_scales(unet.get_submodule(module), layer, _own(checkpoint, names[module]))

@@ -8,14 +8,21 @@ import importlib.metadata
 import io
 import itertools
 import logging
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from ..utils import out_of_memory, packages
+from ..utils.text import brief
 from . import backend, percentile
 from .recipe import AWQ, AWQ_FULL, MAX, MSE, PERCENTILE, SMOOTHQUANT, LayerPlan
 
+# where what is raised is in words of ours
+OWN = ("formats", "quantize", "utils")
+# through which errors of others go
+BELOW = ("torch", "pydantic", "pydantic_core")
 log = logging.getLogger(__name__)
 _number = itertools.count(1)
 OFF = {"quantizer_name": "*", "enable": False}
@@ -47,18 +54,40 @@ def require():
 
 @contextlib.contextmanager
 def failure_explained(doing: str) -> Iterator[None]:
-    """Says of an error inside ModelOpt what it was doing, and what to do. Errors that say so already
-    (ValueError), and memory that runs out, pass through."""
+    """Says of an error inside ModelOpt what it was doing, and what to do. ValueErrors of ours, errors
+    of a UNet call itself, and memory that runs out, pass through."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) or out_of_memory.ran_out(error):
+        if out_of_memory.ran_out(error) or _says_itself(error):
             raise
         raise ValueError(
             f"ModelOpt {version()} must be able to go on, it failed with {type(error).__name__}: "
-            f"{error} while {doing}: choose another algorithm or format, or install another version "
+            f"{brief(' '.join(str(error).split()))} while {doing}: choose another algorithm or format, or install another version "
             "of nvidia-modelopt; nothing was changed"
         ) from error
+
+
+def _says_itself(error: Exception) -> bool:
+    """Whether an error is a ValueError of ours, or of a UNet call and not of what ModelOpt does in it."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    pack, last = Path(__file__).parents[1], Path(frames[-1].f_code.co_filename)
+    if isinstance(error, ValueError) and any(last.is_relative_to(pack / room) for room in OWN):
+        return True
+    if not any(frame.f_code is _replay.__code__ for frame in frames):
+        return False
+    # the place where ModelOpt's wrapped layers call its quantizers, and what it does around layers
+    if any(isinstance(frame.f_locals.get("self"), TensorQuantizer) for frame in frames):
+        return False
+    packages_of = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
+    return next(name for name in reversed(packages_of) if name not in BELOW) != "modelopt"
+
+
+def _replay(forward_loop: Callable[[torch.nn.Module], None], unet: torch.nn.Module) -> None:
+    """Calls of the UNet, as ModelOpt asks for them; by this frame errors in them are told apart."""
+    forward_loop(unet)
 
 
 def version() -> str:
@@ -156,7 +185,7 @@ def calibrate(
         contextlib.nullcontext() if full else _weights_left_alone(),
         failure_explained(f"it calibrated {len(plans)} layers"),
     ):
-        mtq.quantize(unet, config, forward_loop)
+        mtq.quantize(unet, config, forward_loop and functools.partial(_replay, forward_loop))
 
 
 def never_called(unet: torch.nn.Module, plans: Mapping[str, LayerPlan]) -> list[str]:

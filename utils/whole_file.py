@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-if os.name != "nt":
+WINDOWS = os.name == "nt"
+if not WINDOWS:
     import fcntl
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ PARTIAL = re.compile(r"\..+?(?:\.([0-9a-f]{8}))?\.[0-9a-f]{8}\.partial", re.DOTA
 NAME_BYTES = 200
 # seconds without a write after which a file is given up where locks do not tell
 GIVEN_UP = 3600
+# on Windows, where a virus scanner may hold a new file: times a rename is tried, seconds between
+RENAMES = 50
+BETWEEN = 0.1
 
 
 class NameTaken(FileExistsError):
@@ -59,9 +63,9 @@ def whole_file(path: Path | str, needed: int) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if os.name != "nt":  # locked until it has its name
+            if not WINDOWS:  # locked until it has its name
                 _give_name(partial, path)
-        if os.name == "nt":  # an open file cannot be renamed
+        if WINDOWS:  # an open file cannot be renamed
             _give_name(partial, path)
     except NameTaken:
         raise
@@ -86,19 +90,11 @@ def remove_left(folder: Path) -> None:
     for name, machine in found:
         path = folder / name
         try:
-            handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            removed = _remove_given_up(path, machine == _machine())
         except OSError as error:  # gone meanwhile, or another user's
             log.debug("ModelOpt: %s stays: %s", path, error)
             continue
-        try:
-            given_up = _given_up(handle, machine == _machine())
-            if given_up and os.name != "nt":  # with the lock
-                _remove(path)
-        finally:
-            os.close(handle)
-        if given_up and os.name == "nt":  # refused while its writer lives
-            _remove(path)
-        if given_up:
+        if removed:
             log.info("ModelOpt: removed %s, which a killed saving left", path)
 
 
@@ -106,15 +102,28 @@ def remove_left_below(root: Path | str) -> None:
     """The same in a folder and all folders in it."""
     for place, _, names in os.walk(root):
         if any(map(PARTIAL.fullmatch, names)):
-            remove_left(Path(place))
+            try:
+                remove_left(Path(place))
+            except OSError as error:  # the folder is gone meanwhile
+                log.debug("ModelOpt: %s stays as it is: %s", place, error)
+
+
+def _remove_given_up(path: Path, own: bool) -> bool:
+    """Whether a partial was removed, as nobody writes it. own: as of `_given_up`."""
+    if WINDOWS:  # not opened, or its writer could not rename it; not removed while its writer lives
+        old = time.time() - os.stat(path, follow_symlinks=False).st_mtime > GIVEN_UP
+        return old and _remove(path)
+    handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        return _given_up(handle, own) and _remove(path)  # with the lock
+    finally:
+        os.close(handle)
 
 
 def _given_up(handle: int, own: bool) -> bool:
     """Whether nobody writes an open partial. own: it was begun on this machine, whose locks tell;
     those of another machine may not reach this one."""
     old = time.time() - os.fstat(handle).st_mtime > GIVEN_UP
-    if os.name == "nt":
-        return old
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -140,7 +149,7 @@ def _begun(path: Path) -> tuple[Path, BinaryIO]:
     while True:
         partial = path.with_name(f".{name}.{_machine()}.{secrets.token_hex(4)}.partial")
         file = open(partial, "xb")  # noqa: SIM115 closed by the caller
-        if os.name == "nt":
+        if WINDOWS:
             return partial, file
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -149,11 +158,14 @@ def _begun(path: Path) -> tuple[Path, BinaryIO]:
         file.close()  # another saving took it for given up before it was locked
 
 
-def _remove(partial: Path) -> None:
+def _remove(partial: Path) -> bool:
+    """Whether it is gone now."""
     try:
         partial.unlink(missing_ok=True)
     except OSError as error:
         log.warning("ModelOpt: %s cannot be removed (%s): remove it by hand", partial, error)
+        return False
+    return True
 
 
 def _free(folder: Path) -> str:
@@ -169,12 +181,8 @@ def _refuse_existing(path: Path) -> None:
 
 def _give_name(partial: Path, path: Path) -> None:
     """Renames without overwriting: a hard link fails where the name is taken, a rename does not."""
-    if os.name == "nt":
-        try:
-            os.rename(partial, path)  # refuses an existing name here, replaces it elsewhere
-        except FileExistsError:
-            _refuse_existing(path)
-            raise
+    if WINDOWS:
+        _rename_on_windows(partial, path)
         return
     try:
         os.link(partial, path)
@@ -184,6 +192,21 @@ def _give_name(partial: Path, path: Path) -> None:
     except OSError:  # a file system without hard links
         _rename_alone(partial, path)
     _flush_folder(path.parent)
+
+
+def _rename_on_windows(partial: Path, path: Path) -> None:
+    """Its rename refuses an existing name, and a file that somebody else has open."""
+    for left in reversed(range(RENAMES)):
+        try:
+            os.rename(partial, path)
+            return
+        except FileExistsError:
+            _refuse_existing(path)
+            raise
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(BETWEEN)
 
 
 def _rename_alone(partial: Path, path: Path) -> None:

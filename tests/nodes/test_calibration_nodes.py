@@ -187,7 +187,7 @@ BAD = [
     "C:x",
     "\\\\pc\\d\\x",
 ]
-BAD += ["", ".", "x\0y", "link/x"]
+BAD += ["", ".", "x\0y", "link/x", "...safetensors", "a/...safetensors"]
 
 
 @pytest.mark.parametrize("prefix", BAD)
@@ -207,7 +207,10 @@ def test_a_prefix_that_leaves_the_folder_is_refused(models, prefix, tmp_path):
     assert "use a plain name" in SaveCalibration.validate_inputs(filename_prefix=prefix)
 
 
-@pytest.mark.parametrize("prefix", ["mine", "a/b/mine", "v1.5..final", "mine/", "ü %month%"])
+@pytest.mark.parametrize(
+    "prefix",
+    ["mine", "a/b/mine", "v1.5..final", "mine/", "ü %month%", ".safetensors", "a/.safetensors"],
+)
 def test_an_ordinary_prefix_is_accepted(models, prefix):
     assert SaveCalibration.validate_inputs(filename_prefix=prefix) is True
     assert saved(prefix).is_relative_to(models)

@@ -152,3 +152,46 @@ def test_a_full_disk_is_told(tmp_path):
         export.disk_errors(),
     ):
         torch.save({"a": torch.ones(2**16)}, file)
+
+
+def test_a_name_that_is_taken_meanwhile_quantizes_no_second_time(quantized, tmp_path, monkeypatch):
+    import folder_paths
+    from comfyui_modelopt.nodes import folders
+    from comfyui_modelopt.nodes.export_checkpoint import ExportCheckpoint
+    from comfyui_modelopt.utils.whole_file import NameTaken
+
+    folders.register()
+    places = {
+        **folder_paths.folder_names_and_paths,
+        folders.CHECKPOINTS: ([str(tmp_path)], {".pt"}),
+    }
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", places)
+    made, saves, build, save = [], [], export.quantized_unet, export.save
+
+    def built(*args):
+        made.append(args)
+        return build(*args)
+
+    def beaten(unet, path):
+        saves.append(path)
+        if len(saves) < 3:
+            raise NameTaken(f"{path} exists")
+        save(unet, path)
+
+    monkeypatch.setattr(export, "quantized_unet", built)
+    monkeypatch.setattr(export, "save", beaten)
+    model = loader.load(quantized(Recipe("fp8")).checkpoint)
+    path = ExportCheckpoint.execute(model, "x").args[0]
+    assert len(made) == 1 and len(saves) == 3
+    assert foreign.read(path).layers
+
+
+def test_a_failure_of_modelopt_in_the_export_says_what_to_do(quantized, tmp_path, monkeypatch):
+    import modelopt.torch.quantization as mtq
+
+    def fails(*_args):
+        raise KeyError("inside")
+
+    monkeypatch.setattr(mtq, "quantize", fails)
+    with pytest.raises(ValueError, match="ModelOpt .* failed with KeyError: 'inside' while it was"):
+        written(quantized(Recipe("fp8")).checkpoint, tmp_path / "x.pt")

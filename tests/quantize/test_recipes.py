@@ -11,7 +11,7 @@ from comfyui_modelopt.formats import FORMATS, blocks
 from comfyui_modelopt.formats.checkpoint import shaping_layers
 from comfyui_modelopt.loaders import dispatch
 from comfyui_modelopt.loaders import unet as loader
-from comfyui_modelopt.quantize import engine, quality
+from comfyui_modelopt.quantize import engine, modelopt, quality
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.layers import select
 from comfyui_modelopt.quantize.recipe import ALGORITHMS, Recipe, plan
@@ -268,25 +268,55 @@ def test_out_of_memory_says_what_lowers_it(sd15, calibration, monkeypatch, quant
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
-def test_memory_of_the_cpu_that_runs_out_is_told_as_a_gpus_is(sd15, calibration, monkeypatch, kind):
+def test_memory_of_the_cpu_that_runs_out_is_told(sd15, calibration, monkeypatch, kind):
     def fail(*_args, **_kwargs):
         raise kind("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     monkeypatch.setattr(FORMATS["int8"], "quantize", fail)
-    with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="quantizing needs.*--lowvram"):
+    with pytest.raises(MemoryError, match="quantizing needs.*computer's memory.*swap space"):
         engine.quantize_model(sd15[0], Recipe("int8"), calibration)
 
 
-def test_a_failure_of_modelopt_says_what_to_do(sd15, calibration, monkeypatch):
+@pytest.mark.parametrize("kind", [ValueError, KeyError])
+def test_a_failure_in_modelopts_quantizers_is_modelopts(sd15, calibration, monkeypatch, kind):
+    """A ValueError too, which is no error of ours then."""
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     def fail(*_args, **_kwargs):
-        raise KeyError("inside")
+        raise kind("inside" + 999 * "!")
 
     monkeypatch.setattr(TensorQuantizer, "forward", fail)
-    wanted = "ModelOpt .* failed with KeyError: 'inside'.*choose another algorithm"
-    with pytest.raises(ValueError, match=wanted):
+    wanted = f"ModelOpt .* failed with {kind.__name__}: .*inside.*choose another algorithm"
+    with pytest.raises(ValueError, match=wanted) as caught:
         engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_configuration_that_modelopt_refuses_is_modelopts(sd15, calibration, monkeypatch):
+    monkeypatch.setattr(modelopt, "PER_TENSOR", {"num_bits": 8, "strange": 1})
+    with pytest.raises(ValueError, match="ModelOpt .* must be able to go on, it failed with"):
+        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError])
+def test_a_failure_of_the_unet_is_not_modelopts(sd15, calibration, monkeypatch, kind):
+    """Of ComfyUI, or of a custom node that patched it: in the replay, below a layer of ModelOpt's."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+
+    given, calls = kind("of a custom node"), 0
+    forward = ResBlock.forward
+
+    def fail(self, *args, **kwargs):
+        nonlocal calls
+        calls += any(hasattr(module, "input_quantizer") for module in self.modules())
+        if calls:
+            raise given
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ResBlock, "forward", fail)
+    with pytest.raises(kind) as caught:
+        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+    assert caught.value is given
 
 
 def test_a_lora_that_memory_does_not_suffice_for_is_not_left_out(
@@ -301,4 +331,15 @@ def test_a_lora_that_memory_does_not_suffice_for_is_not_left_out(
     model, _ = comfy.sd.load_lora_for_models(sd15[0], sd15[1], patches, 1.0, 1.0)
     monkeypatch.setattr(torch, "mm", fail)  # the LoRA's product
     with pytest.raises(torch.OutOfMemoryError, match="quantizing needs"):
+        engine.quantize_model(model, Recipe("int8"), calibration)
+
+
+def test_a_lora_that_fails_is_not_left_out(sd15, checkpoints, calibration, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    patches = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
+    model, _ = comfy.sd.load_lora_for_models(sd15[0], sd15[1], patches, 1.0, 1.0)
+    monkeypatch.setattr(torch, "mm", fail)  # the LoRA's product
+    with pytest.raises(ValueError, match="a LoRA must become part.*shapes cannot be multiplied"):
         engine.quantize_model(model, Recipe("int8"), calibration)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -133,3 +134,77 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module.Path, "open", broken)
     with pytest.raises(OSError, match="must be readable, for its hash.*gone.safetensors"):
         sha256.of(path)
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """What is done there. A file that somebody has open can be neither renamed nor removed."""
+    monkeypatch.setattr(module, "WINDOWS", True)
+    monkeypatch.setattr(module, "BETWEEN", 0.001)
+
+
+def held(monkeypatch, times: int) -> list:
+    calls, rename = [], os.rename
+
+    def refused(*args):
+        calls.append(args)
+        if len(calls) <= times:
+            raise PermissionError(errno.EACCES, "used by another process")
+        rename(*args)
+
+    monkeypatch.setattr(os, "rename", refused)
+    return calls
+
+
+def test_a_virus_scanner_that_holds_the_file_for_a_moment(tmp_path, monkeypatch, windows):
+    calls = held(monkeypatch, 3)
+    save(tmp_path)
+    assert len(calls) == 4 and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_one_that_does_not_let_go(tmp_path, monkeypatch, windows):
+    held(monkeypatch, 10**6)
+    with pytest.raises(OSError, match="saving needs a folder.*used by another process"):
+        save(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_another_process_writes_is_not_opened(tmp_path, monkeypatch, windows):
+    live, left = tmp_path / left_by("0" * 8), tmp_path / left_by("1" * 8)
+    for path in (live, left):
+        path.write_bytes(b"half")
+    os.utime(left, (0, time.time() - module.GIVEN_UP - 60))
+    monkeypatch.setattr(os, "open", lambda *_args, **_kwargs: pytest.fail("opened"))
+    remove_left(tmp_path)
+    assert os.listdir(tmp_path) == [live.name]
+
+
+def test_only_what_was_removed_is_told(tmp_path, monkeypatch, caplog, windows):
+    def fails(self, missing_ok=False):
+        raise PermissionError(errno.EACCES, "used by another process")
+
+    path = tmp_path / left_by("0" * 8)
+    path.write_bytes(b"half")
+    os.utime(path, (0, time.time() - module.GIVEN_UP - 60))
+    with caplog.at_level("INFO"):
+        monkeypatch.setattr(module.Path, "unlink", fails)
+        remove_left(tmp_path)
+    assert len(caplog.messages) == 1 and "remove it by hand" in caplog.text
+
+
+@posix
+def test_a_folder_that_goes_while_folders_are_looked_through(tmp_path, monkeypatch):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    (folder / left_by("0" * 8)).write_bytes(b"half")
+    (tmp_path / left_by(module._machine())).write_bytes(b"half")
+    walk = os.walk
+
+    def meanwhile(root):
+        found = list(walk(root, topdown=False))
+        shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(os, "walk", meanwhile)
+    module.remove_left_below(tmp_path)
+    assert os.listdir(tmp_path) == []
