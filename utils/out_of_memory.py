@@ -101,10 +101,12 @@ def _text(doing: str, remedy: str, model: object, on_cpu: bool) -> str:
 
     size = "more memory than there is"
     if model is not None:
-        size = f"the UNet ({model.model_size() / 1e9:.1f} GB) and room for its calls"
-        if not on_cpu:
-            call = management.minimum_inference_memory() / 1e9
-            size += f" ({call:.1f} GB or more)"
+        weights, call = model.model_size() / 1e9, management.minimum_inference_memory() / 1e9
+        size = (
+            f"the UNet ({weights:.1f} GB) and what is made of it"
+            if on_cpu
+            else f"the UNet ({weights:.1f} GB) and room for its calls ({call:.1f} GB or more)"
+        )
     if on_cpu:
         where, otherwise = f"the computer's memory{_free(torch.device('cpu'))}", OTHERWISE_ON_CPU
     else:
