@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .outcome import Effort, Row
+from .outcome import Effort, Row, not_here
 from .points import heard
 from .subject import Subject, pack
 
@@ -65,9 +65,11 @@ def apart(function: Callable[[], list[str]]) -> list[str]:
     os._exit(0)
 
 
-def possible() -> bool:
-    """Whether this system lets us make such file systems."""
-    return hasattr(os, "fork") and os.path.exists("/proc/self/ns") and apart(list) == []
+def why_not() -> str | None:
+    """The reason this system does not let us make such file systems, or None."""
+    if not hasattr(os, "fork") or not os.path.exists("/proc/self/ns"):
+        return "a file system of a process's own is Linux's"
+    return "; ".join(apart(list)) or None
 
 
 def _refused(its: Subject, job: str, make: Callable[[Path], None], hide: bool) -> list[str]:
@@ -87,10 +89,11 @@ def _refused(its: Subject, job: str, make: Callable[[Path], None], hide: bool) -
 
 
 def rows(its: Subject, effort: Effort) -> list[Row]:
-    if not possible():
-        return []
+    kinds = "disk really full", "folder really read-only"
+    if (why := why_not()) is not None:
+        return [not_here("faults", why, kind) for kind in kinds]
     sizes = {"save": its.file.stat().st_size, "save calibration": its.recording.stat().st_size}
-    full, locked = Row("faults", "disk really full"), Row("faults", "folder really read-only")
+    full, locked = (Row("faults", kind) for kind in kinds)
     for job, size in sizes.items():
         for share in SIZES[: effort.count(len(SIZES))]:
             for hide in (False, True):

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..common import UserError
-from .outcome import Effort, Row
+from .outcome import Effort, NotHere, Row
 from .subject import Subject, pack, subject
 
 NAME = "kills"
@@ -197,7 +196,7 @@ def run(effort: Effort, say: Callable[[str], None]) -> Iterator[Row]:
     from . import servers
 
     if not hasattr(os, "fork"):
-        raise UserError("kills need fork, which Windows has not: run them on Linux or macOS")
+        raise NotHere("kills need fork, which Windows has not: run them on Linux or macOS")
     with subject() as its:
         yield kill_saves(Saves(its), effort, effort.count(FULL))
     yield servers.kills(effort, effort.count(ON_SERVERS))

@@ -1,4 +1,5 @@
-"""Runs the campaigns and writes what they found, as JSON and as a page."""
+"""Runs the campaigns and writes what they found, as JSON and as a page: `benchmarks/results/torture.md`
+is one, linked from the README."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import UserError, say
-from .outcome import Effort, Row
+from .outcome import Effort, NotHere, Row, not_here
 
 # modules of this package, in the order in which they run
 CAMPAIGNS: tuple[str, ...] = (
@@ -53,15 +54,20 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def command_of(args: argparse.Namespace, name: str) -> str:
-    """What runs this campaign alone, the same way."""
-    given = {"only": name, **{key: getattr(args, key) for key in ("share", "seed", "minutes")}}
-    options = [f"--{key} {value}" for key, value in given.items() if value not in (None, 1.0, 0)]
-    return " ".join(["python dev.py torture", *options])
+def command_of(args: argparse.Namespace, name: str, seconds: float) -> str:
+    """What runs this campaign alone, the same way. seconds: the time it was given, inf for any."""
+    words = [f"python dev.py torture --only {name}"]
+    if args.share != 1:
+        words.append(f"--share {args.share:g}")
+    if args.seed != 0:
+        words.append(f"--seed {args.seed}")
+    if seconds < float("inf"):
+        words.append(f"--minutes {round(seconds / 60, 1):g}")
+    return " ".join(words)
 
 
 def campaign(name: str, effort: Effort, tell: Callable[[str], None]) -> list[Row]:
-    """Its rows; what ends the campaign itself is a finding."""
+    """Its rows; what ends the campaign itself is a finding. Raises NotHere where it cannot be run."""
     module = importlib.import_module(f".{name}", __package__)
     rows: list[Row] = []
     try:
@@ -94,9 +100,15 @@ def main(args: argparse.Namespace) -> int:
         left = (deadline - started) / (len(names) - index)
         effort = Effort(args.share, args.seed, started + left)
         say(f"{name}:", file=sys.stderr)
-        rows = campaign(name, effort, lambda text: say(f"  {text}", file=sys.stderr))
+        try:
+            rows = campaign(name, effort, lambda text: say(f"  {text}", file=sys.stderr))
+        except NotHere as error:
+            if len(names) == 1:
+                raise
+            say(f"  not possible here: {error}", file=sys.stderr)
+            rows = [not_here(name, error)]
         result[name] = {
-            "command": command_of(args, name),
+            "command": command_of(args, name, left),
             "machine": f"{platform.system()}, Python {platform.python_version()}, "
             f"{os.cpu_count()} cores",
             "minutes": round((time.monotonic() - started) / 60),

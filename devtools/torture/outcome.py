@@ -6,6 +6,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..common import UserError
+
+
+class NotHere(UserError):
+    """A campaign that this system cannot run."""
+
 
 @dataclass
 class Row:
@@ -23,6 +29,11 @@ class Row:
     @property
     def tried(self) -> int:
         return self.outcomes.total() + len(self.findings)
+
+
+def not_here(campaign: str, why: object, kind: str = "") -> Row:
+    """The row, with nothing tried, of what this system cannot run."""
+    return Row(campaign, f"{kind}{': ' if kind else ''}not possible here: {why}")
 
 
 @dataclass(frozen=True)

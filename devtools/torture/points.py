@@ -1,8 +1,9 @@
 """One fault at each of the points that a job passes, and what is wrong afterwards.
 
 Where the system can (POSIX, no GPU in use), the job runs once: at every point a copy of the process
-(fork) meets the fault, ends, is looked at and says what it found, and the job goes on. Elsewhere, and
-for jobs that write files, which a copy would share, the job is begun anew for every point.
+(fork) meets the fault, ends, is looked at and says what it found, and the job goes on. Elsewhere, for
+jobs that write files, which a copy would share, and for those that pass points in a thread of their own,
+of which a copy would be all there is, the job is begun anew for every point.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import select
 import signal
+import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -51,7 +53,10 @@ class Trial:
     ) -> None:
         self.its, self.job, self.install = its, job, install
         self.fault, self.judge = fault, judge
-        self.result = its.run(job)
+        here, places = threading.get_ident(), set()
+        with install(lambda: places.add(threading.get_ident())):
+            self.result = its.run(job)
+        self.threads = bool(places - {here})
         self.before = its.state()
 
     def rows(self, name: str, kind: str, where: Collection[int], effort: Effort, right: str) -> Row:
@@ -60,8 +65,8 @@ class Trial:
 
         row = Row(name, kind)
         whole = {point for i, point in enumerate(sorted(where, reverse=True)) if i % CHECKED == 0}
-        can = hasattr(os, "fork") and not torch.cuda.is_available() and self.job not in WRITING
-        every = self._forked if can else self._anew
+        can = hasattr(os, "fork") and not torch.cuda.is_available()
+        every = self._anew if self.threads or self.job in WRITING or not can else self._forked
         for point, found in every(sorted(where), whole, effort):
             if found:
                 row.findings.append(f"point {point}: {'; '.join(found)}")

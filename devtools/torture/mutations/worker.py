@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -165,7 +166,8 @@ class Worker:
             return {"finding": f"does not name the file: {text[:300]}" + _where(error)}
         if len(text) > opening.MOST:
             return {"finding": f"an error of {len(text)} characters: {text[:200]}" + _where(error)}
-        if ": " not in text.replace(str(self.path), ""):
+        # the system's own text ends with the quoted path
+        if text.startswith("[") or not re.search(r": \w", text.replace(str(self.path), "")):
             return {"finding": f"says no remedy: {text[:300]}" + _where(error)}
         return {"outcome": cases.ERROR}
 
