@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 from .. import inprocess, synthetic
 from ..server import ComfyServer, Result
 from . import graphs
-from .outcome import Effort, Row
+from .outcome import Effort, Row, not_here
+from .points import chosen
 
 TIMEOUT = 900
 
@@ -139,6 +142,9 @@ CANCELLED = {
     "save": (graphs.saved, "save"),
     "save calibration": (graphs.recording_saved, "save"),
 }
+CANCELLED_WELL = "cancelled"
+# seconds after a cancel in which a job that does not look any more may end
+SOON = 1.0
 
 
 def shown(graph: graphs.Graph) -> graphs.Graph:
@@ -153,6 +159,17 @@ def shown(graph: graphs.Graph) -> graphs.Graph:
     return graph
 
 
+def cancelled(result: Result, answered: float) -> tuple[str, list[str]]:
+    """How a prompt ended that was cancelled, and what is wrong with that. answered: when the server had
+    taken the cancel (time.time()); a small file may be saved by then."""
+    if result.interrupted:
+        return CANCELLED_WELL, []
+    if result.error is not None:
+        return "", [f"an error in place of the cancel: {result.error['exception_message'][:200]}"]
+    seconds = result.of_type("execution_success")[0]["timestamp"] / 1000 - answered
+    return "was faster", [] if seconds < SOON else [f"it went on for {seconds:.1f} s to its end"]
+
+
 def cancels(effort: Effort, say: Callable[[str], None]) -> list[Row]:
     """POST /interrupt at each progress message of each node, or at as many as the effort allows."""
     rows, seed = [], effort.seed + 10
@@ -162,26 +179,30 @@ def cancels(effort: Effort, say: Callable[[str], None]) -> list[Row]:
             rows.append(row)
             result = server.run(shown(graph(seed)), timeout=TIMEOUT)
             messages = [m for m in result.of_type("progress") if m.get("node") == node]
-            for number in range(min(len(messages), effort.count(len(messages)))):
+            for number in chosen(len(messages), effort):
                 if effort.over:
                     break
                 seed += 1
                 before = unets(server).keys()
-                result, acted = at_progress(
-                    server, shown(graph(seed)), node, number, server.interrupt
-                )
+                answered: list[float] = []
+
+                def cancel(answered: list[float] = answered) -> None:
+                    server.interrupt()
+                    answered.append(time.time())
+
+                result, acted = at_progress(server, shown(graph(seed)), node, number, cancel)
                 if not acted:  # fewer messages this time: ComfyUI sends ten a second at most
                     continue
-                found = [] if result and result.interrupted else ["it was not cancelled"]
-                if found and number == len(messages) - 1:
-                    found = []  # the last message comes when it is done
-                elif job.startswith("save") and unets(server).keys() != before:
+                if result is None:
+                    row.findings.append(f"message {number}: the server died")
+                    server.stop()
+                    server.start()
+                    continue
+                what, found = cancelled(result, answered[0])
+                if what == CANCELLED_WELL and job.startswith("save") and unets(server).keys() != before:
                     found.append(f"files left: {sorted(unets(server).keys() - before)}")
                 found += works(server, shown(graphs.recorded(seed)))
-                if found:
-                    row.findings.append(f"message {number}: {'; '.join(found)}")
-                else:
-                    row.outcomes["cancelled; the server serves the next prompt"] += 1
+                _note(row, f"message {number}", found, f"{what}; the server serves the next prompt")
             say(f"{row.kind}: {row.tried} of {len(messages)} messages")
     return rows
 
@@ -192,13 +213,12 @@ def cancels(effort: Effort, say: Callable[[str], None]) -> list[Row]:
 def faults(effort: Effort) -> list[Row]:
     """A server whose disk is full for a while (a limit on file sizes), and whose memory is short (a
     limit on its address space). Linux only."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return []
+    kinds = "server, no space", "server, memory runs out"
+    if not sys.platform.startswith("linux"):
+        return [not_here("faults", "limits of another process are Linux's", kind) for kind in kinds]
     import resource
 
-    rows = [Row("faults", "server, no space"), Row("faults", "server, memory runs out")]
-    if not hasattr(resource, "prlimit"):
-        return []
+    rows = [Row("faults", kind) for kind in kinds]
     with folder_with_checkpoint() as folder, made(folder) as server:
         server.run(graphs.saved(1), timeout=TIMEOUT)
         pid, seed = server.process.pid, effort.seed + 1
