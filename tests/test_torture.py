@@ -8,9 +8,9 @@ import types
 from collections import Counter
 
 import pytest
-from comfyui_modelopt.devtools.common import UserError
+from comfyui_modelopt.devtools.common import ROOT, UserError
 from comfyui_modelopt.devtools.torture import main
-from comfyui_modelopt.devtools.torture.outcome import Row
+from comfyui_modelopt.devtools.torture.outcome import NotHere, Row
 
 
 def options(**given) -> argparse.Namespace:
@@ -68,6 +68,52 @@ def test_a_campaign_that_fails_is_a_finding_and_loses_nothing(campaigns, tmp_pat
     assert [row["kind"] for row in found["kills"]["rows"]] == ["a kill", "the campaign"]
     assert found["kills"]["rows"][1]["findings"] == ["it ended with KeyError('x')"]
     assert found["soak"]["rows"][0]["tried"] == 1
+
+
+def test_a_campaign_that_cannot_run_here_is_told_and_the_others_run(campaigns, tmp_path):
+    out = tmp_path / "found.json"
+    campaigns["kills"] = [NotHere("kills need fork")]
+    campaigns["soak"] = [Row("soak", "cycles", Counter({"right": 1}))]
+    assert main.main(options(only="kills,soak", out=out)) == 0
+    found = json.loads(out.read_text())
+    (row,) = found["kills"]["rows"]
+    assert (row["kind"], row["tried"]) == ("not possible here: kills need fork", 0)
+    assert found["soak"]["rows"][0]["tried"] == 1
+    assert "| kills | not possible here: kills need fork | 0 |  | 0 |" in (
+        out.with_suffix(".md").read_text()
+    )
+    with pytest.raises(NotHere, match="fork"):
+        main.main(options(only="kills", out=None))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"seed": 1}, "--only kills --seed 1"),
+        ({"minutes": 1.0}, "--only kills --minutes 1"),
+        ({"minutes": 30.0}, "--only kills --minutes 30"),
+        ({"share": 0.1, "seed": 7}, "--only kills --share 0.1 --seed 7"),
+    ],
+)
+def test_the_command_repeats_what_was_run(campaigns, tmp_path, given, wanted):
+    out = tmp_path / "found.json"
+    campaigns["kills"] = [Row("kills", "a kill", Counter({"the old": 2}))]
+    main.main(options(only="kills", out=out, **given))
+    assert json.loads(out.read_text())["kills"]["command"] == f"python dev.py torture {wanted}"
+
+
+def test_each_campaign_names_its_own_share_of_the_minutes(campaigns, tmp_path):
+    out = tmp_path / "found.json"
+    campaigns["kills"] = campaigns["soak"] = [Row("kills", "a kill", Counter({"the old": 2}))]
+    main.main(options(only="kills,soak", out=out, minutes=10.0))
+    found = json.loads(out.read_text())
+    assert found["kills"]["command"].endswith(" --minutes 5")
+    assert found["soak"]["command"].endswith(" --minutes 10")  # the first needed none of its own
+
+
+def test_the_guide_names_all_campaigns():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"`--only {','.join(main.CAMPAIGNS)}`" in text
 
 
 def test_unknown_campaigns_are_refused():

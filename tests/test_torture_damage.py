@@ -116,6 +116,9 @@ def test_an_error_that_does_not_name_the_file_is_a_finding(tmp_path):
         f"{worker.path} is broken": "says no remedy",
         f"{worker.path} is broken: {'x' * 3000}": "an error of 30",
         f"{worker.path} is broken: get it again": None,
+        str(FileNotFoundError(2, "No such file", str(worker.path))): "says no remedy",
+        f"No such file or directory: {worker.path}": "says no remedy",
+        f"cannot open '{worker.path}': ": "says no remedy",
     }
     for text, finding in judged.items():
         found = worker.judged(text, ValueError(text))

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from comfyui_modelopt.devtools.torture import cancels, disks, faults, kills, points
-from comfyui_modelopt.devtools.torture.outcome import Effort
+from comfyui_modelopt.devtools.server import Result
+from comfyui_modelopt.devtools.torture import (
+    cancels,
+    disks,
+    faults,
+    kills,
+    points,
+    servers,
+    soak,
+)
+from comfyui_modelopt.devtools.torture.outcome import Effort, Row
 from comfyui_modelopt.devtools.torture.subject import Subject, temporary_files
 from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
 
@@ -84,8 +95,107 @@ def test_disks_that_fail(its):
     where = some(range(len(points.count(its, "save", calls))), 6)
     trial = points.Trial(its, "save", calls, faults.disk_fails, faults.says_file)
     ended_well(trial.rows("faults", "disk", where, Effort(), "right"), len(where))
-    for row in disks.rows(its, Effort(0.5)):
-        ended_well(row, 2)
+
+
+@pytest.mark.slow
+def test_disks_that_are_really_full_and_folders_really_read_only(its):
+    if (why := disks.why_not()) is not None:
+        pytest.skip(f"no file systems of our own: {why}")
+    full, locked = disks.rows(its, Effort(0.5))
+    ended_well(full, 8)
+    ended_well(locked, 2)
+
+
+def test_disks_of_our_own_that_are_refused_are_told(monkeypatch):
+    def refused():
+        raise PermissionError(1, "unshare: Operation not permitted")
+
+    monkeypatch.setattr(disks, "own_mounts", refused)
+    rows = disks.rows(None, Effort())
+    assert [row.tried for row in rows] == [0, 0]
+    for row, kind in zip(rows, ("disk really full", "folder really read-only"), strict=True):
+        assert row.kind.startswith(f"{kind}: not possible here: ")
+
+
+class InAThread:
+    """A job that passes three points in a thread of its own and one here, as a subject."""
+
+    reached = staticmethod(lambda: None)
+
+    def run(self, job):
+        self.errors: list[Exception] = []
+        thread = threading.Thread(target=self.work)
+        thread.start()
+        thread.join()
+        for error in self.errors:
+            raise error
+        self.reached()
+        return 7
+
+    def work(self):
+        try:
+            for _ in range(3):
+                self.reached()
+        except OSError as error:
+            self.errors.append(error)
+
+    def state(self, whole=True):
+        return {"threads": threading.active_count()}
+
+    @contextmanager
+    def install(self, reached):
+        self.reached = reached
+        yield
+        del self.reached
+
+
+def test_points_in_a_thread_are_met_as_those_of_the_job_itself(monkeypatch):
+    monkeypatch.setattr(points, "HANG_SECONDS", 5)
+    job = InAThread()
+    where = range(len(points.count(job, "load", job.install)))
+    assert len(where) == 4
+    trial = points.Trial(
+        job, "load", job.install, faults.disk_fails,
+        lambda error: None if isinstance(error, OSError) else f"it ended with {error!r}",
+    )  # fmt: skip
+    ended_well(trial.rows("faults", "a thread", where, Effort(), "right"), 4)
+
+
+def judged(memory: list[int], wrong: dict[int, list[str]] | None = None, left=()) -> Row:
+    row = Row("soak", "cycles")
+    soak.judge(row, memory, [(wrong or {}).get(i, []) for i in range(len(memory))], list(left))
+    return row
+
+
+def test_the_soak_finds_what_grows_and_counts_what_was_right():
+    growing = [10**9 + 2 * 10**7 * i for i in range(soak.LEAST)]
+    (finding,) = judged(growing).findings
+    assert finding == "1180 MB after cycle 10, 1260 MB after cycle 16 (+6.8%)"
+    assert judged([10**9] * soak.LEAST).findings == []
+    row = judged([10**9] * soak.LEAST, {3: ["a", "b"], 4: ["c"] * 20}, ["/x"])
+    assert len(row.findings) == 23
+    assert list(row.outcomes.values()) == [soak.LEAST - 2]
+    every = judged([10**9] * soak.LEAST, dict.fromkeys(range(soak.LEAST), ["a"]))
+    assert not every.outcomes
+
+
+def ended(interrupted=False, seconds: float | None = None, error: str | None = None) -> Result:
+    """A prompt that ended so many seconds after 100."""
+    done = {"type": "execution_success", "data": {"timestamp": int(1000 * (100 + (seconds or 0)))}}
+    return Result(
+        "id",
+        messages=[done] if seconds is not None else [],
+        error={"exception_message": error} if error else None,
+        interrupted=interrupted,
+    )
+
+
+def test_how_a_cancelled_prompt_must_end():
+    assert servers.cancelled(ended(interrupted=True), 100) == ("cancelled", [])
+    assert servers.cancelled(ended(seconds=-0.01), 100) == ("was faster", [])
+    assert servers.cancelled(ended(seconds=9), 100)[1] == ["it went on for 9.0 s to its end"]
+    (found,) = servers.cancelled(ended(error="it broke"), 100)[1]
+    assert "it broke" in found
 
 
 @posix

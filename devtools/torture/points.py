@@ -158,8 +158,9 @@ def forget(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def heard(pid: int, read: int, seconds: float = HANG_SECONDS) -> list[str]:
-    """What the copy says, once it has ended."""
+def heard(pid: int, read: int, seconds: float | None = None) -> list[str]:
+    """What the copy says, once it has ended. seconds: HANG_SECONDS where not given."""
+    seconds = HANG_SECONDS if seconds is None else seconds
     with os.fdopen(read, "rb") as file:
         if not select.select([file], [], [], seconds)[0]:
             os.kill(pid, signal.SIGKILL)

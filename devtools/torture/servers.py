@@ -199,7 +199,11 @@ def cancels(effort: Effort, say: Callable[[str], None]) -> list[Row]:
                     server.start()
                     continue
                 what, found = cancelled(result, answered[0])
-                if what == CANCELLED_WELL and job.startswith("save") and unets(server).keys() != before:
+                if (
+                    what == CANCELLED_WELL
+                    and job.startswith("save")
+                    and unets(server).keys() != before
+                ):
                     found.append(f"files left: {sorted(unets(server).keys() - before)}")
                 found += works(server, shown(graphs.recorded(seed)))
                 _note(row, f"message {number}", found, f"{what}; the server serves the next prompt")
