@@ -60,21 +60,21 @@ def run(effort: Effort, say: Callable[[str], None]) -> list[Row]:
     cycles = max(effort.count(FULL), LEAST)
     memory: list[int] = []
     wrong: list[list[str]] = []
-    with servers.folder_with_checkpoint() as folder:
-        server = servers.made(folder)
-        # the C library's own heap keeps what is freed, in pieces: one arena, and large pieces mapped
-        server.env = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-        with server:
-            before: list[str] = []
-            for number in range(1, cycles + 1):
-                if effort.over and number > LEAST:
-                    break
-                wrong.append(cycle(server, number))
-                memory.append(resident(server))
-                if number == SETTLED:
-                    before = opened(server)
-                say(f"cycle {number}: {memory[-1] / 1e6:.0f} MB")
-            left = [name for name in opened(server) if name not in before]
+    # the C library's own heap keeps what is freed, in pieces
+    with (
+        servers.folder_with_checkpoint() as folder,
+        servers.made(folder, env=servers.NO_HEAP) as server,
+    ):
+        before: list[str] = []
+        for number in range(1, cycles + 1):
+            if effort.over and number > LEAST:
+                break
+            wrong.append(cycle(server, number))
+            memory.append(resident(server))
+            if number == SETTLED:
+                before = opened(server)
+            say(f"cycle {number}: {memory[-1] / 1e6:.0f} MB")
+        left = [name for name in opened(server) if name not in before]
     judge(row, memory, wrong, left)
     return [row]
 
