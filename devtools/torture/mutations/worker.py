@@ -63,6 +63,9 @@ def comfyui_in(place: Path) -> None:
     """ComfyUI and the pack, their models folder at `place`."""
     inprocess.load()
     import folder_paths
+
+    # some files need it: its import is not to be counted as their memory and time
+    import modelopt.torch.quantization  # noqa: F401
     import torch
 
     torch.set_num_threads(1)
