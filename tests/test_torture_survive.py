@@ -88,12 +88,14 @@ def test_modelopt_that_fails(its):
 
 
 @pytest.mark.slow
-def test_disks_that_fail(its):
+@pytest.mark.parametrize("job", ["save", "load", "load calibration"])
+def test_disks_that_fail(its, job):
     def calls(reached):
         return faults.file_calls(reached, str(its.folder))
 
-    where = some(range(len(points.count(its, "save", calls))), 6)
-    trial = points.Trial(its, "save", calls, faults.disk_fails, faults.says_file)
+    where = some(range(len(points.count(its, job, calls))), 6)
+    assert len(where) > 3
+    trial = points.Trial(its, job, calls, faults.disk_fails, faults.says_file)
     ended_well(trial.rows("faults", "disk", where, Effort(), "right"), len(where))
 
 

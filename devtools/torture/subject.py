@@ -149,10 +149,12 @@ class Subject:
         return self._taken(path)
 
     def load(self) -> int:
+        os.utime(self.file)  # so that it is checked again
         model = pack("loaders.unet").load_file(str(self.file))
         return checksum(model.model.diffusion_model.state_dict())
 
     def load_calibration(self) -> int:
+        os.utime(self.recording)
         made = pack("quantize.calibration").load(self.recording)
         return checksum([vars(record) for record in made])
 
