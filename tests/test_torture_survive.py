@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import comfy.sd
@@ -25,6 +26,7 @@ from comfyui_modelopt.devtools.torture import (
 from comfyui_modelopt.devtools.torture.outcome import Effort, Row
 from comfyui_modelopt.devtools.torture.subject import Subject, temporary_files
 from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
+from comfyui_modelopt.quantize import records
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork, which Windows has not")
 
@@ -65,6 +67,15 @@ def test_cancelled_jobs(its, job):
     where = some(range(len(points.count(its, job, cancels.looks))), 3)
     trial = points.Trial(its, job, cancels.looks, cancels.cancel, cancels.judge)
     ended_well(trial.rows("cancels", job, where, Effort(), "right"), len(where))
+
+
+def test_allocations_of_the_campaign_itself_are_none_of_the_pack():
+    its = Subject.__new__(Subject)
+    rows = torch.zeros(4, 3).T
+    its.jobs = {"made": partial(torch.zeros, 3), "digested": partial(records.digest, rows)}
+    assert points.count(its, "made", faults.allocations, faults.line) == [""]
+    digested = points.count(its, "digested", faults.allocations, faults.line)
+    assert any("records.py:" in line for line in digested)
 
 
 @pytest.mark.slow

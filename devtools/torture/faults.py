@@ -25,6 +25,8 @@ CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 
 GPU_MEMORY = "CUDA out of memory. Tried to allocate 5.00 MiB."
 # of one line of the pack, the allocations that are tried, of the first, the last and between
 PER_LINE = 3
+# folders of a clone that hold no code of the pack
+OTHERS = ("devtools", ".venv", ".comfyui")
 # ComfyUI's attention, which tries again with less memory
 TRIES_AGAIN = ("sub_quadratic_attention.py", "modules/attention.py")
 _tries_again = False
@@ -49,11 +51,12 @@ def allocations(reached: Callable[[], None]) -> Iterator[None]:
 
 
 def line() -> str:
-    """The line of the pack that is at work."""
-    frame, own = sys._getframe(1), f"{ROOT / 'devtools'}{os.sep}"
-    while frame is not None:
+    """The line of the pack that is at work; "" for what the job itself makes before and after it."""
+    frame, others = sys._getframe(1), tuple(f"{ROOT / one}{os.sep}" for one in OTHERS)
+    job = Subject.run.__code__.co_filename
+    while frame is not None and frame.f_code.co_filename != job:
         name = frame.f_code.co_filename
-        if name.startswith(f"{ROOT}{os.sep}") and not name.startswith(own):
+        if name.startswith(f"{ROOT}{os.sep}") and not name.startswith(others):
             # a file is mapped into memory: its tensors take none
             reads = frame.f_code.co_name in ("read", "tensors_of")
             return "" if reads else f"{name}:{frame.f_lineno}"
