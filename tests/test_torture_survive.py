@@ -72,10 +72,10 @@ def test_cancelled_jobs(its, job):
 def test_allocations_of_the_campaign_itself_are_none_of_the_pack():
     its = Subject.__new__(Subject)
     rows = torch.zeros(4, 3).T
-    its.jobs = {"made": partial(torch.zeros, 3), "digested": partial(records.digest, rows)}
+    its.jobs = {"made": partial(torch.zeros, 3), "kept": partial(records.keep, rows)}
     assert points.count(its, "made", faults.allocations, faults.line) == [""]
-    digested = points.count(its, "digested", faults.allocations, faults.line)
-    assert any("records.py:" in line for line in digested)
+    kept = points.count(its, "kept", faults.allocations, faults.line)
+    assert any("records.py:" in line for line in kept)
 
 
 @pytest.mark.slow

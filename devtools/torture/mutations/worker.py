@@ -170,7 +170,7 @@ class Worker:
         if len(text) > opening.MOST:
             return {"finding": f"an error of {len(text)} characters: {text[:200]}" + _where(error)}
         # the system's own text ends with the quoted path
-        if text.startswith("[") or not re.search(r": \w", text.replace(str(self.path), "")):
+        if text.startswith("[") or not re.search(r": .*\w", text.replace(str(self.path), "")):
             return {"finding": f"says no remedy: {text[:300]}" + _where(error)}
         return {"outcome": cases.ERROR}
 
