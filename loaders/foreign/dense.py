@@ -29,6 +29,8 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> to
             for key, tensor in quantizer.tensors.items()
             if key.startswith(prefix) and key.removeprefix(prefix) == "_amax"
         }
+        if "_amax" in own and not state.get("_block_sizes"):
+            _check_shape(own["_amax"], weight, name, where)
         try:
             member = TensorQuantizer()
             member.set_from_modelopt_state(state)
@@ -43,3 +45,16 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> to
                 "GPU; where that cannot either, the file is damaged, get it again"
             ) from error
     return value.float()
+
+
+def _check_shape(amax: torch.Tensor, weight: torch.Tensor, name: str, where: str) -> None:
+    """A weight whose shape was changed is else stretched by its scales, to any size."""
+    try:
+        fits = torch.broadcast_shapes(amax.shape, weight.shape) == weight.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"a weight's amax must broadcast to its shape {list(weight.shape)}, got "
+            f"{list(amax.shape)} of {brief(name)} in {where}: the file is damaged, get it again"
+        )

@@ -92,6 +92,15 @@ def test_scales_that_modelopt_refuses(saved, tmp_path):
     )
 
 
+def test_a_weight_that_its_scales_would_stretch(saved, tmp_path):
+    """Flat, it and the amax of its rows broadcast to rows times as much memory."""
+    objects = torch.load(saved, weights_only=True)
+    name = f"{samples.NAMES[1]}.weight"
+    objects["model_state_dict"][name] = objects["model_state_dict"][name].reshape(-1)
+    torch.save(objects, tmp_path / "strange.pt")
+    refused(tmp_path / "strange.pt", "a weight's amax must broadcast to its shape")
+
+
 # ---- folders
 
 
