@@ -49,6 +49,8 @@ def load(named: Path | None, device: str | None) -> None:
         import torch
         from comfy.cli_args import args
 
+        if device not in (None, "cpu"):
+            _check_alone(device, torch.accelerator.device_count())
         args.cpu = device == "cpu" or not torch.accelerator.is_available()
         import comfy.sd  # noqa: F401
 
@@ -58,6 +60,20 @@ def load(named: Path | None, device: str | None) -> None:
             f"convert.py must run with the Python of ComfyUI, {sys.executable} cannot import it "
             f"({error}): use the one that starts {folder}"
         ) from error
+
+
+def _check_alone(device: str, count: int) -> None:
+    """count: of the GPUs that torch finds once `choose` has left one."""
+    if count == 0:
+        raise UsageError(
+            f"--device must be a GPU that is there, torch finds none of the number {device}: correct "
+            "it, install a torch for that GPU, or use --device cpu"
+        )
+    if count > 1:
+        raise UsageError(
+            "--device chooses among the GPUs of NVIDIA and AMD, got it where torch finds "
+            f"{count} others: leave it out, or leave one visible in the way of their driver"
+        )
 
 
 def choose(device: str | None) -> None:

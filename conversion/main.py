@@ -106,6 +106,7 @@ def prepare(ordered: Order, args: argparse.Namespace) -> Calibration | None:
             raise UsageError(f"{found.why}: choose another format")
     if ordered.prompts:
         models.check_sampler(ordered.sampling.sampler_name, ordered.sampling.scheduler)
+    models.check_loras(ordered.loras)
     try:
         modelopt.require()
         recordings = calibration.load(ordered.recordings) if ordered.recordings else None
@@ -161,7 +162,7 @@ def run(
                 taken.append(file)
                 continue
             reporter.end(file, result)
-            if result.status == FAILED and (why := models.lost_device()):
+            if result.status in (CONVERTED, FAILED) and (why := models.lost_device()):
                 for left in [*taken, *todo[number + 1 :]]:
                     reporter.end(left, Result(str(left), LEFT, str(ordered.output(left)), why))
                 return
@@ -224,11 +225,8 @@ def told(error: Exception) -> str:
     """An error in words; of one that no rule foresaw, the place goes to the log."""
     from . import models
 
-    if models.is_out_of_memory(error):
-        return (
-            f"a conversion needs the model and its UNet calls in memory, it ran out of it ({error}): "
-            "close other programs, record smaller pictures, or use --device cpu"
-        )
+    if why := models.short_of_memory(error):
+        return why
     if isinstance(error, ValueError | OSError):
         return str(error)
     logging.getLogger(__name__).error("%s", "".join(traceback.format_exception(error)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,11 @@ import torch
 from comfy.samplers import KSampler
 from safetensors import SafetensorError, safe_open
 
+from ..utils import out_of_memory
+from ..utils.text import brief
 from .options import Lora, UsageError
+
+log = logging.getLogger(__name__)
 
 
 def check_sampler(sampler_name: str, scheduler: str) -> None:
@@ -44,8 +49,12 @@ def load(file: Path, with_clip: bool):
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
     except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
+        if out_of_memory.ran_out(error):
+            raise
         raise _damaged(file, error) from error
     except RuntimeError as error:
+        if out_of_memory.ran_out(error):
+            raise
         if "PytorchStreamReader" in str(error):
             raise _damaged(file, error) from error
         if "Could not detect model type" not in str(error):
@@ -69,12 +78,37 @@ def _damaged(file: Path, error: Exception) -> ValueError:
     )
 
 
+def check_loras(loras: Sequence[Lora]) -> None:
+    """Raises UsageError for a file that no checkpoint could be given."""
+    for path in dict.fromkeys(lora.path for lora in loras):
+        try:
+            _read_lora(path)
+        except Exception as error:
+            if why := short_of_memory(error):
+                raise UsageError(why) from error
+            if isinstance(error, ValueError):
+                raise UsageError(str(error)) from error
+            raise
+
+
+def _read_lora(path: Path):
+    """Tensors and metadata. Raises ValueError for what is no whole file of weights."""
+    try:
+        return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    except Exception as error:  # pickle raises anything
+        if out_of_memory.ran_out(error):
+            raise
+        raise ValueError(
+            f"a LoRA must be a whole file of weights, {path} is not ({brief(_line(error))}): it is "
+            "damaged or incomplete, get it again"
+        ) from error
+
+
 def with_loras(model, clip, loras: Sequence[Lora]):
-    """MODEL and CLIP as Load LoRA gives them. Raises ValueError for one that changes nothing."""
+    """MODEL and CLIP as Load LoRA gives them. Raises ValueError for one that cannot be read or changes
+    nothing."""
     for lora in loras:
-        tensors, metadata = comfy.utils.load_torch_file(
-            str(lora.path), safe_load=True, return_metadata=True
-        )
+        tensors, metadata = _read_lora(lora.path)
         before = _patches(model)
         changed, clip = comfy.sd.load_lora_for_models(
             model, clip, tensors, lora.strength, lora.strength, lora_metadata=metadata
@@ -108,21 +142,50 @@ def followed(told: Callable[[int, int], None]) -> Iterator[None]:
 
 
 def free() -> None:
-    """Gives back all that ComfyUI holds of models."""
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    comfy.model_management.soft_empty_cache()
+    """Gives back all that ComfyUI holds of models. A device that no longer answers refuses, which the
+    log tells: whether it is lost, `lost_device` says."""
+    try:
+        comfy.model_management.unload_all_models()
+        gc.collect()
+        comfy.model_management.soft_empty_cache()
+    except RuntimeError as error:
+        log.warning("ModelOpt: memory could not be given back: %s", _line(error))
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
+def short_of_memory(error: BaseException) -> str | None:
+    """What to do where memory ran out and this error came of it, else None. Said once: the nodes' own
+    advice, which it may carry, is about ComfyUI's flags."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    found = [one for one in chain if out_of_memory.ran_out(one)]
+    if not found:
+        return None
+    first = found[-1]
+    # of an AcceleratorError this also takes the echo from the device
+    on_device = comfy.model_management.is_oom(first)
+    remedies = ["close other programs", "sample smaller pictures (--width, --height), or record "
+                "smaller ones for --calibration"]  # fmt: skip
+    if on_device:
+        remedies.append("use --device cpu")
+    return (
+        "a conversion needs the model and its UNet calls in memory, it ran out of it "
+        f"({brief(_line(first))}): {', or '.join(remedies)}"
+    )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def lost_device() -> str | None:
     """Why the device computes nothing any more, or None: after some errors only a new process helps."""
-    device = comfy.model_management.get_torch_device()
+    device = "the device"
     try:
+        device = comfy.model_management.get_torch_device()
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
+        if out_of_memory.ran_out(error):  # of another process: it may end
+            return None
         return f"{device} no longer answers ({str(error).splitlines()[0]})"
     return None

@@ -30,6 +30,8 @@ from .claims import PATIENCE
 
 KINDS = {"alpha": float, "percentile": float, "rank": int}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+# of --lora, as on Load LoRA
+STRENGTHS = (-100.0, 100.0)
 # settings that a recipe from a file does not leave open
 OF_RECIPE = ("format", "algorithm", *KINDS, "convolutions", "weights", "activations", "layers")
 OF_RECIPE += ("skip", "skip_also")
@@ -260,6 +262,12 @@ def _lora(text: str) -> Lora:
     except ValueError:  # a colon in the name
         found = Lora(Path(text))
     _existing(found.path, "--lora")
+    low, high = STRENGTHS
+    if not low <= found.strength <= high:  # nan too
+        raise UsageError(
+            f"the strength of a --lora must be from {low:g} to {high:g}, got {strength} for "
+            f"{found.path}: correct it"
+        )
     return found
 
 
