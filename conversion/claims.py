@@ -21,6 +21,8 @@ from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from pathlib import Path
 
+from ..utils.boot import boot_id
+
 # seconds between two signs of life, and after which a silent owner on another machine is dead
 HEARTBEAT = 15.0
 PATIENCE = 600.0
@@ -47,11 +49,10 @@ class Owner:
 @cache
 def place() -> str:
     """Names what process numbers are counted in: they say nothing to another machine or container."""
-    parts = [socket.gethostname()]
+    parts = [socket.gethostname(), boot_id() or ""]
     with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
+    return " ".join(filter(None, parts))
 
 
 def born(pid: int) -> str | None:

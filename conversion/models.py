@@ -162,11 +162,10 @@ def short_of_memory(error: BaseException) -> str | None:
     if not found:
         return None
     first = found[-1]
-    # of an AcceleratorError this also takes the echo from the device
-    on_device = comfy.model_management.is_oom(first)
+    comfy.model_management.is_oom(first)  # takes what was reported late off the device
     remedies = ["close other programs", "sample smaller pictures (--width, --height), or record "
                 "smaller ones for --calibration"]  # fmt: skip
-    if on_device:
+    if not out_of_memory.of_cpu(first):
         remedies.append("use --device cpu")
     return (
         "a conversion needs the model and its UNet calls in memory, it ran out of it "

@@ -19,6 +19,7 @@ from ..quantize import calibration as calibration_file
 from ..quantize.bridge import sampling
 from ..quantize.calibration import Calibration
 from ..utils.progress import detail, progress, tell
+from ..utils.whole_file import remove_left
 from . import identity, models
 from .options import Order
 
@@ -70,12 +71,12 @@ def kept_recording(output: Path, made_of: Mapping[str, Any]) -> Path:
 
 
 def clear(output: Path) -> None:
-    """Removes what interrupted processes left beside a file: half of one; once it is there, recordings.
-    For the one that has the claim."""
-    endings = ["([0-9a-f]{8}[.]){1,2}partial"]  # utils.whole_file
-    if output.exists():
-        endings.append("[0-9a-f]{16}[.]calibration([.].+)?")
-    left = re.compile(rf"[.]{re.escape(output.name)}[.]({'|'.join(endings)})")
+    """Removes what killed processes left: halves of files, as every saving does; recordings of a file
+    that is there. For the one that has the claim."""
+    remove_left(output.parent)
+    if not output.exists():
+        return
+    left = re.compile(rf"[.]{re.escape(output.name)}[.][0-9a-f]{{16}}[.]calibration")
     for path in [path for path in output.parent.iterdir() if left.fullmatch(path.name)]:
         path.unlink(missing_ok=True)
 

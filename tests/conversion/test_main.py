@@ -11,16 +11,21 @@ import threading
 import time
 from pathlib import Path
 
+import comfy.model_management
+import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from comfyui_modelopt.conversion import claims, identity, models, work
 from comfyui_modelopt.conversion.main import main
+from comfyui_modelopt.conversion.options import Lora, UsageError
 from comfyui_modelopt.formats import files
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.nodes.planning import sizes
 from comfyui_modelopt.nodes.quantize_and_load import quantize_and_load
 from comfyui_modelopt.quantize import calibration as calibration_file
 from comfyui_modelopt.quantize.recipe import Recipe
+from comfyui_modelopt.utils import out_of_memory, whole_file
 from safetensors.torch import load_file
 
 # few layers, for speed
@@ -234,30 +239,42 @@ def test_a_lora_of_another_model(source, recording, convert, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+CPU = "DefaultCPUAllocator: can't allocate memory"
+SMALLER = "sample smaller pictures (--width, --height), or record smaller ones for --calibration"
+
+
 @pytest.mark.parametrize(
     "error, said",
     [
         (
             torch.OutOfMemoryError("needs 9 GB"),
-            "it ran out of it (needs 9 GB): close other programs",
+            f"it ran out of it (needs 9 GB): close other programs, or {SMALLER}, or use --device cpu",
         ),
-        (MemoryError("no more"), "it ran out of it (no more): close other programs"),
+        (
+            RuntimeError(CPU),
+            f"it ran out of it ({CPU}): close other programs, or {SMALLER}",
+        ),
+        (MemoryError(), f"it ran out of it (MemoryError): close other programs, or {SMALLER}"),
         (KeyError("x"), "KeyError: 'x'"),
     ],
 )
-def test_an_error_ends_one_file(source, convert, tmp_path, monkeypatch, error, said):
-    """The next one is tried, with what the first one took given back."""
+@pytest.mark.parametrize("explained", [False, True])
+def test_an_error_ends_one_file(source, convert, tmp_path, monkeypatch, error, said, explained):
+    """The next one is tried, with what the first one took given back. Where the nodes' code has
+    explained the error, for ComfyUI, it is explained once, for this command."""
     os.link(source, tmp_path / "second.safetensors")
     freed = []
 
     def fail(file, *_, **__):
         raise error
 
+    if explained:
+        fail = out_of_memory.explained("loading", out_of_memory.FREE)(fail)
     monkeypatch.setattr(models, "load", fail)
     monkeypatch.setattr(models, "free", lambda: freed.append(True))
     out = tmp_path / "out"
     rows = convert(source, tmp_path / "second.safetensors", "--out", out, status=1)
-    assert len(rows) == 2 and all(said in row["error"] for row in rows.values())
+    assert len(rows) == 2 and all(row["error"].endswith(said) for row in rows.values())
     assert len(freed) == 2 and not list(out.iterdir())
 
 
@@ -269,6 +286,58 @@ def test_a_device_that_is_lost_ends_the_run(source, convert, tmp_path, monkeypat
     assert rows["cut.safetensors"]["status"] == "failed"
     assert rows["sd15.safetensors"]["status"] == "not tried"
     assert rows["sd15.safetensors"]["error"] == "cuda:0 no longer answers"
+
+
+@pytest.mark.parametrize("lost", [None, "cuda:0 no longer answers"])
+def test_memory_that_a_lost_device_does_not_give_back(
+    source, convert, tmp_path, monkeypatch, lost, capsys
+):
+    """It does not end the run with a traceback: whether the device is lost decides."""
+    os.link(source, tmp_path / "second.safetensors")
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(*_, **__):
+        raise broken
+
+    monkeypatch.setattr(models, "load", fail)
+    monkeypatch.setattr(comfy.model_management, "soft_empty_cache", fail)
+    monkeypatch.setattr(models, "lost_device", lambda: lost)
+    rows = convert(source, tmp_path / "second.safetensors", "--out", tmp_path / "out", status=1)
+    assert str(broken) in rows["sd15.safetensors"]["error"]
+    second = rows["second.safetensors"]
+    assert second["status"] == ("not tried" if lost else "failed")
+    assert second["error"] == lost or (not lost and str(broken) in second["error"])
+
+
+def test_which_device_is_lost(monkeypatch):
+    """Not one whose memory another process has filled."""
+
+    def fail(*_, **__):
+        raise error
+
+    assert models.lost_device() is None
+    monkeypatch.setattr(torch, "ones", fail)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    assert models.lost_device() is None
+    error = RuntimeError("CUDA error: an illegal memory access\nmore")
+    assert models.lost_device().endswith("no longer answers (CUDA error: an illegal memory access)")
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", fail)
+    assert models.lost_device().startswith("the device no longer answers")
+
+
+def test_memory_that_runs_out_is_no_damaged_file(source, checkpoints, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError(f"PytorchStreamReader failed: {CPU}")
+
+    monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", fail)
+    monkeypatch.setattr(comfy.utils, "load_torch_file", fail)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        models.load(source, with_clip=False)
+    lora = Lora(checkpoints / "lora.safetensors")
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        models.with_loras(None, None, [lora])
+    with pytest.raises(UsageError, match="in memory, it ran out of it .*close other programs"):
+        models.check_loras([lora])
 
 
 def test_prompts_need_a_text_encoder(source, convert, tmp_path):
@@ -322,16 +391,24 @@ def test_a_file_that_comes_while_it_is_made(
 
 
 def test_what_a_killed_process_left_is_removed(made, source, recording, convert, tmp_path):
-    """Also where it was killed between the file and the end of its claim; other files' stay."""
+    """Also where it was killed between the file and the end of its claim. Of the halves of files, the
+    locks say which are nobody's: those of another machine only with time."""
     out = tmp_path / "out"
     out.mkdir()
     shutil.copyfile(made / NAME, out / NAME)
+    with pytest.raises(KeyError), whole_file.whole_file(out / "a", 1) as file:
+        machine = Path(file.name).name.split(".")[2]
+        raise KeyError
     left = [
-        f".{NAME}.0123abcd.89ef4567.partial",
-        f".{NAME}.0123abcd.partial",
+        f".{NAME}.{machine}.89ef4567.partial",
+        f"..{NAME}.0123456789abcdef.calibration.{machine}.89ef4567.partial",
         f".{NAME}.0123456789abcdef.calibration",
     ]
-    others = [f".other_{NAME}.0123abcd.partial", f".{NAME}.mine.partial"]
+    others = [
+        f".{NAME}.0123abcd.89ef4567.partial",
+        f".{NAME}.mine.partial",
+        f".other_{NAME}.0123456789abcdef.calibration",
+    ]
     for name in (*left, *others):
         (out / name).write_text("")
     claims.take(out / NAME)._ended.set()

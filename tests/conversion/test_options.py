@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from comfyui_modelopt.conversion import comfyui, options
 from comfyui_modelopt.conversion.main import main
 from comfyui_modelopt.conversion.options import Lora, UsageError
@@ -146,6 +147,19 @@ REFUSED = {
     "no text": (["--prompts", "binary.txt"], "a text file in UTF-8, binary.txt cannot be read"),
     "no calibration": (["--calibration", "empty.txt"], "must be a whole safetensors file"),
     "no LoRA": (["--lora", "gone:0.5"], "--lora must name a file, there is no file gone"),
+    "a LoRA's strength": (
+        ["--lora", "lora.safetensors:nan"],
+        "the strength of a --lora must be from -100 to 100, got nan for lora.safetensors",
+    ),
+    "a LoRA without end": (["--lora", "lora.safetensors:-inf"], "got -inf for lora.safetensors"),
+    "a damaged LoRA": (
+        ["--lora", "lora.safetensors:0.5"],
+        "a LoRA must be a whole file of weights, lora.safetensors is not (",
+    ),
+    "a LoRA of text": (
+        ["--lora", "empty.txt"],
+        "a LoRA must be a whole file of weights, empty.txt is not (",
+    ),
     "no recipe": (["--recipe", "empty.txt"], "a recipe must be JSON, empty.txt is not"),
     "a recipe twice": (["--recipe", "empty.txt", "--format", "fp8"], "got --format beside it"),
     "a suffix": (["--suffix", "../x"], "--suffix must be part of a file's name"),
@@ -180,17 +194,22 @@ def test_out_must_be_a_folder_to_write_in(order, capsys, monkeypatch, comfyui):
     assert "--out must be a folder, b.ckpt is a file" in capsys.readouterr().err
 
 
+def own(monkeypatch, visible: str | None) -> None:
+    """The variables that `choose` writes to, given back after the test."""
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, visible or "")
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+
+
 @pytest.mark.parametrize(
     "visible, asked, left",
     [(None, "1", "1"), ("4,7", "1", "7"), ("GPU-a,GPU-b", "0", "GPU-a"), ("4", "cpu", "4")],
 )
 def test_device(monkeypatch, visible, asked, left):
     """N counts those that are visible, as Slurm leaves them."""
-    monkeypatch.delenv("HIP_VISIBLE_DEVICES", raising=False)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    own(monkeypatch, visible)
     comfyui.choose(asked)
     import os
 
@@ -202,6 +221,23 @@ def test_no_such_device(monkeypatch, visible, asked):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(UsageError, match="--device must be cpu or a number below"):
         comfyui.choose(asked)
+
+
+@pytest.mark.parametrize(
+    "count, said",
+    [
+        (0, "torch finds none of the number 0: correct it"),
+        (2, "--device chooses among the GPUs of NVIDIA and AMD, got it where torch finds 2 others"),
+    ],
+)
+def test_a_device_that_torch_does_not_find(order, capsys, monkeypatch, comfyui, count, said):
+    """It is not the CPU, or another one, in silence."""
+    own(monkeypatch, None)
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    assert main(["--device", "0", "--out", "out", "a.safetensors"]) == 2
+    assert said in capsys.readouterr().err and not Path("out").exists()
 
 
 def test_comfyui_is_found(monkeypatch, tmp_path, comfyui):
