@@ -162,10 +162,11 @@ def short_of_memory(error: BaseException) -> str | None:
     if not found:
         return None
     first = found[-1]
-    comfy.model_management.is_oom(first)  # takes what was reported late off the device
+    # of an AcceleratorError this also takes off the device what was reported late
+    on_device = comfy.model_management.is_oom(first)
     remedies = ["close other programs", "sample smaller pictures (--width, --height), or record "
                 "smaller ones for --calibration"]  # fmt: skip
-    if not out_of_memory.of_cpu(first):
+    if on_device:
         remedies.append("use --device cpu")
     return (
         "a conversion needs the model and its UNet calls in memory, it ran out of it "

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # a process that does something with claims, without torch and ComfyUI
 LOAD = f"""
 import sys, time, types, pathlib
-package = types.ModuleType("conversion")
-package.__path__ = [{str(ROOT / "conversion")!r}]
-sys.modules["conversion"] = package
-from conversion import claims
+package = types.ModuleType("pack")
+package.__path__ = [{str(ROOT)!r}]
+sys.modules["pack"] = package
+from pack.conversion import claims
 folder = pathlib.Path(sys.argv[1])
 """
 RACE = """
