@@ -55,7 +55,7 @@ class Trial:
         self.its, self.job, self.install = its, job, install
         self.fault, self.judge = fault, judge
         here, places = threading.get_ident(), set()
-        with install(lambda: places.add(threading.get_ident())):
+        with one_thread(), install(lambda: places.add(threading.get_ident())):
             self.result = its.run(job)
         self.threads = bool(places - {here})
         self.before = its.state()
@@ -68,11 +68,12 @@ class Trial:
         whole = {point for i, point in enumerate(sorted(where, reverse=True)) if i % CHECKED == 0}
         can = hasattr(os, "fork") and not torch.cuda.is_available()
         every = self._anew if self.threads or self.job in WRITING or not can else self._forked
-        for point, found in every(sorted(where), whole, effort):
-            if found:
-                row.findings.append(f"point {point}: {'; '.join(found)}")
-            else:
-                row.outcomes[right] += 1
+        with one_thread():
+            for point, found in every(sorted(where), whole, effort):
+                if found:
+                    row.findings.append(f"point {point}: {'; '.join(found)}")
+                else:
+                    row.outcomes[right] += 1
         return row
 
     def _verdict(self, error: BaseException | None, whole: bool) -> list[str]:
@@ -113,9 +114,6 @@ class Trial:
         return None
 
     def _forked(self, where: list[int], whole: Collection[int], effort: Effort) -> Iterator:
-        import torch
-
-        torch.set_num_threads(1)  # a copy of the process has no threads of its own
         gc.collect()
         gc.freeze()  # what a collection would touch, a copy of the process would copy
         reports: list[tuple[int, list[str]]] = []
@@ -150,6 +148,20 @@ class Trial:
         if ended is not None:
             raise ended
         return iter(reports)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes in the calling thread: a copy of the process has no other, and another number of
+    threads sums in another order, which gives other last bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def forget(error: BaseException | None) -> None:
