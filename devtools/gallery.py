@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .browser import Page, studio
-from .common import ROOT, say
+from .common import ROOT, UserError, say
 from .server import ComfyServer
 from .workflows import WORKFLOWS
 
@@ -215,6 +215,12 @@ def make(page: Page, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     page.run(LAY_OUT, [depths(given), note, width, line, ROOM, WIDE])
     page.settle(900)
     prompt = page.prompt()
+    asked, shown = sorted(given), sorted(prompt)
+    if asked != shown:
+        raise UserError(
+            f"{name}: the page must hold the nodes {', '.join(asked)}, it holds "
+            f"{', '.join(shown) or 'none'}: run this again when the machine has less to do"
+        )
     for key, node in prompt.items():
         node.pop("is_changed", None)
         title = given[key].get("_meta")
