@@ -110,7 +110,11 @@ def prepare(ordered: Order, args: argparse.Namespace) -> Calibration | None:
     try:
         modelopt.require()
         recordings = calibration.load(ordered.recordings) if ordered.recordings else None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if why := models.short_of_memory(error):
+            raise UsageError(why) from error
+        if isinstance(error, MemoryError | RuntimeError):
+            raise
         raise UsageError(str(error)) from error
     kept = {"--progress": args.progress, "--summary": args.summary}
     places = {"--out": ordered.out} | {flag: path.parent for flag, path in kept.items() if path}
@@ -204,8 +208,9 @@ def attempt(file: Path, ordered: Order, recordings: Calibration | None) -> Resul
             try:
                 figures = work.convert(file, output, made_of, ordered, recordings)
             except NameTaken:  # by a process that was taken for dead
-                header = identity.there(output, made_of)
-                return skipped(header)
+                if header := identity.there(output, made_of):
+                    return skipped(header)
+                raise
             work.clear(output)
             return result(
                 CONVERTED,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..utils import out_of_memory
 from ..utils.text import brief
+from ..utils.unreadable import by_system, unreadable
 from .options import Lora, UsageError
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ def load(file: Path, with_clip: bool):
     except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
         if out_of_memory.ran_out(error):
             raise
+        if by_system(error):
+            raise unreadable(file, error) from error
         raise _damaged(file, error) from error
     except RuntimeError as error:
         if out_of_memory.ran_out(error):
@@ -98,6 +101,8 @@ def _read_lora(path: Path):
     except Exception as error:  # pickle raises anything
         if out_of_memory.ran_out(error):
             raise
+        if by_system(error):
+            raise unreadable(path, error) from error
         raise ValueError(
             f"a LoRA must be a whole file of weights, {path} is not ({brief(_line(error))}): it is "
             "damaged or incomplete, get it again"
@@ -162,11 +167,11 @@ def short_of_memory(error: BaseException) -> str | None:
     if not found:
         return None
     first = found[-1]
-    # of an AcceleratorError this also takes off the device what was reported late
-    on_device = comfy.model_management.is_oom(first)
+    # takes off the device what an AcceleratorError reported late
+    comfy.model_management.is_oom(first)
     remedies = ["close other programs", "sample smaller pictures (--width, --height), or record "
                 "smaller ones for --calibration"]  # fmt: skip
-    if on_device:
+    if not out_of_memory.of_cpu(first):
         remedies.append("use --device cpu")
     return (
         "a conversion needs the model and its UNet calls in memory, it ran out of it "

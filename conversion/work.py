@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from ..quantize import calibration as calibration_file
 from ..quantize.bridge import sampling
 from ..quantize.calibration import Calibration
 from ..utils.progress import detail, progress, tell
-from ..utils.whole_file import remove_left
+from ..utils.whole_file import NameTaken, remove_left
 from . import identity, models
 from .options import Order
 
@@ -50,7 +51,8 @@ def convert(
             recordings = sampling.record_prompts(
                 model, clip, order.prompts, **asdict(order.sampling)
             )
-            calibration_file.save(recordings, kept)
+            with contextlib.suppress(NameTaken):  # the same, of a process that was taken for dead
+                calibration_file.save(recordings, kept)
         clip = None
         tell("Quantizing")
         planned = sizes(model, order.recipe, recordings)
@@ -87,6 +89,8 @@ def _read(kept: Path) -> Calibration | None:
     try:
         found = calibration_file.load(kept)
     except ValueError as error:
+        if isinstance(error.__cause__, OSError):  # of the disk: what is there may be whole
+            raise
         log.warning("ModelOpt: recording the prompts again: %s", error)
         kept.unlink(missing_ok=True)
         return None

@@ -11,6 +11,7 @@ import torch
 
 from ..formats import files
 from ..utils import checksums, out_of_memory
+from ..utils.unreadable import by_system, unreadable
 
 
 def unless_cancelled(size: int) -> None:
@@ -29,6 +30,8 @@ def tensors_of(
     except Exception as error:  # a file that changed since it was checked meets any kind of error
         if out_of_memory.ran_out(error):
             raise
+        if by_system(error):
+            raise unreadable(path, error) from error
         raise ValueError(
             f"a quantized checkpoint must be a whole safetensors file named .safetensors, {path} is "
             f"not ({' '.join(str(error).split())[:200]}): rename it or get it again"

@@ -46,9 +46,15 @@ def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
     is damaged, foreign or too new.
     """
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    step = progress(2 * size)
-    checkpoint = read(path, step)
-    step(0)
+    step, checked = progress(2 * size), 0
+
+    def check(amount: int) -> None:
+        nonlocal checked
+        checked += amount
+        step(amount)
+
+    checkpoint = read(path, check)
+    step(size - checked)  # all of it where its check is remembered
     model = load(checkpoint, where=path, takes=True)
     if compiled:
         compiling.compile_blocks(model)

@@ -114,7 +114,14 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
             waiting = iter(replayed)
 
             def replay(twin: torch.nn.Module) -> None:
-                for record in next(waiting):
+                records = next(waiting, None)
+                if records is None:
+                    raise ValueError(
+                        f"ModelOpt must ask for the recorded calls {len(replayed)} times here, "
+                        f"{modelopt.version()} asked once more: choose another algorithm, or install "
+                        "another version of nvidia-modelopt"
+                    )
+                for record in records:
                     percentile.set_place(places[id(record)])
                     args, kwargs = record.arguments(device, dtype)
                     twin(*args, **kwargs)

@@ -35,26 +35,9 @@ MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm
 ROWS = {"type": "dynamic", "block_sizes": {-1: None}}
 
 
-def write(
-    checkpoint: QuantizedCheckpoint,
-    unet_config: Mapping[str, object],
-    names: Mapping[str, str],
-    path: Path | str,
-    step: Callable[[], None] = lambda: None,
-) -> list[str]:
-    """Writes the file whole or not at all; returns sentences on what it does not hold.
-
-    unet_config: ComfyUI's; names: diffusers' module name -> ComfyUI's. `step` is called after each
-    layer. Raises ValueError for what cannot be exported, and the errors of `whole_file`.
-    """
-    unet, notes = quantized_unet(checkpoint, unet_config, names, step)
-    save(unet, path)
-    return notes
-
-
 @out_of_memory.explained("exporting", out_of_memory.FREE)
 def save(unet: torch.nn.Module, path: Path | str) -> None:
-    """Writes what `quantized_unet` made. Errors as of `whole_file`."""
+    """Writes what `quantized_unet` made, whole or not at all. Errors as of `whole_file`."""
     import modelopt.torch.opt as mto
 
     needed = sum(tensor.nbytes for tensor in unet.state_dict().values())

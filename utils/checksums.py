@@ -19,6 +19,7 @@ from typing import Any
 
 from . import out_of_memory
 from .text import brief, brief_repr, read_json
+from .unreadable import unreadable
 
 ENTRY = "modelopt_crc32"
 DIGITS = 8
@@ -81,16 +82,15 @@ def check(path: Path | str, step: Callable[[int], None] = lambda size: None) -> 
             state = os.fstat(file.fileno())
             key = (str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
             if key not in _checked:
+                began = time.time()
                 found = _check(file, path, step)
-                if time.time() - max(state.st_mtime, state.st_ctime) < UNSETTLED:
+                if began - max(state.st_mtime, state.st_ctime) < UNSETTLED:
                     return found
                 _checked[key] = found
     except OSError as error:
         if out_of_memory.ran_out(error):
             raise
-        raise ValueError(
-            f"{path} must be a file that can be read, got {error}: check the disk, or get it again"
-        ) from error
+        raise unreadable(path, error) from error
     return _checked[key]
 
 

@@ -23,8 +23,13 @@ OF_CPU = (
     "Cannot allocate memory",
     "paging file",
     "os error 1455",
+    "error code: <1455>",
+    "bad allocation",
+    "bad_alloc",
 )
-WORDS = ("out of memory", *OF_CPU)
+# of a GPU whose library found no room for itself
+OF_LIBRARIES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+WORDS = ("out of memory", *OF_CPU, *OF_LIBRARIES)
 # Windows: no memory, and a paging file that cannot grow
 WINDOWS = (8, 1455)
 FREE = ""
@@ -48,6 +53,8 @@ def ran_out(error: BaseException) -> bool:
     """Whether an error says that memory ran out, that of the CPU too."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, FileExistsError):  # ours has no number, and its text names a file
+        return False
     if isinstance(error, OSError) and error.errno is not None:  # other texts name files
         return error.errno == errno.ENOMEM or getattr(error, "winerror", None) in WINDOWS
     return isinstance(error, RuntimeError | OSError | SafetensorError) and any(
@@ -148,10 +155,13 @@ def not_swallowed() -> Iterator[None]:
     for ever.
     """
     heard, root = _Heard(), logging.getLogger()
+    level = root.level
     root.addHandler(heard)
+    root.setLevel(min(level, logging.ERROR))  # ComfyUI's --verbose CRITICAL drops errors
     try:
         yield
     finally:
+        root.setLevel(level)
         root.removeHandler(heard)
     for text in heard.texts:
         error = RuntimeError(text)

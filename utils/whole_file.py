@@ -8,7 +8,6 @@ lock with the process, so that what somebody else is writing now is told from wh
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import logging
@@ -21,6 +20,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from . import out_of_memory
+from .boot import boot_id
 
 WINDOWS = os.name == "nt"
 if not WINDOWS:
@@ -70,7 +72,7 @@ def whole_file(path: Path | str, needed: int) -> Iterator[BinaryIO]:
     except NameTaken:
         raise
     except OSError as error:
-        if error.errno == errno.ENOMEM:  # not the folder's fault
+        if out_of_memory.ran_out(error):  # not the folder's fault
             raise
         raise OSError(
             f"saving needs a folder that can be written and {needed / 1e6:,.0f} MB of free space, "
@@ -136,10 +138,7 @@ def _given_up(handle: int, own: bool) -> bool:
 @functools.cache
 def _machine() -> str:
     """Who shares our locks: this start of this kernel, containers included."""
-    try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        text = socket.gethostname()
+    text = boot_id() or socket.gethostname()
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

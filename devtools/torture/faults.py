@@ -215,7 +215,8 @@ def says_file(error: BaseException | None) -> str | None:
         return None
     rule = any(word in str(error) for word in ("must", "needs"))
     if isinstance(error, OSError | ValueError) and rule and ": " in str(error):
-        return None
+        blamed = "damaged" in str(error) or "get it again" in str(error)
+        return f"it blames the file: {error}" if blamed else None
     return f"it ended with {error!r}"
 
 

@@ -220,6 +220,7 @@ def cancels(effort: Effort, say: Callable[[str], None]) -> list[Row]:
 
 # megabytes that a server may take more: to quantize the checkpoint takes about 40
 SHORT = (3, 6, 10, 20, 30, 40)
+ENOUGH = "had enough"
 TOLD = "error that says what it needs"
 # so that each tensor is memory of its own, not what was freed before
 NO_HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -251,10 +252,10 @@ def faults(effort: Effort) -> list[Row]:
             found += works(server, graphs.saved(1, f"full{size}"))
             _note(rows[0], f"{size} bytes", found, "error in the house's form; the next save works")
         bit = False
-        for megabytes in SHORT[: effort.count(len(SHORT))]:
+        for megabytes in [SHORT[i] for i in chosen(len(SHORT), effort)]:
             seed += 1
             said, found = short_of_memory(server, megabytes * 10**6, graphs.saved(seed))
-            bit = bit or said == TOLD
+            bit = bit or said != ENOUGH
             found += works(server, graphs.saved(seed + 1000))
             _note(rows[1], f"{megabytes} MB", found, f"{said}; the server serves the next prompt")
         if not bit:
@@ -272,6 +273,8 @@ def short_of_memory(server: ComfyServer, size: int, graph: graphs.Graph) -> tupl
     resource.prlimit(pid, resource.RLIMIT_AS, (held + size, none))
     try:
         error = server.run(graph, timeout=TIMEOUT).error
+    except TimeoutError as hung:
+        return "", [f"it hung: {hung}"[:300]]
     except (RuntimeError, OSError) as broke:
         if not server.alive:
             server.stop()
@@ -282,7 +285,7 @@ def short_of_memory(server: ComfyServer, size: int, graph: graphs.Graph) -> tupl
         if server.alive and server.process.pid == pid:
             resource.prlimit(pid, resource.RLIMIT_AS, (none, none))
     if error is None:
-        return "had enough", []
+        return ENOUGH, []
     said, ours = error["exception_message"], error["node_type"].startswith("ModelOpt")
     if not ours:  # ComfyUI's own nodes say it in torch's words
         return f"error of {error['node_type']}", []

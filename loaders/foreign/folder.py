@@ -9,6 +9,7 @@ import torch
 
 from ...utils import checksums, out_of_memory
 from ...utils.text import brief, read_json
+from ...utils.unreadable import by_system, unreadable
 from .. import reading
 
 STATE = "modelopt_state.pth"
@@ -49,6 +50,8 @@ def _object(file: Path) -> dict:
     except (OSError, ValueError) as error:
         if out_of_memory.ran_out(error):
             raise
+        if by_system(error):
+            raise unreadable(file, error) from error
         raise ValueError(f"{file} must be JSON, found {brief(str(error))}: {AGAIN}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must be a JSON object, found {type(found).__name__}: {AGAIN}")

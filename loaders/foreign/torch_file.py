@@ -10,6 +10,7 @@ import torch
 
 from ...utils import out_of_memory
 from ...utils.text import brief
+from ...utils.unreadable import by_system, unreadable
 
 PIECE = 2**22
 
@@ -50,6 +51,8 @@ def load(path: Path) -> object:
     except Exception as error:  # torch's reader meets damage with nearly every kind of error
         if out_of_memory.ran_out(error):
             raise
+        if by_system(error):
+            raise unreadable(path, error) from error
         raise ValueError(
             f"a checkpoint must be a whole file of torch.save, {path} is not ({_cause(error)}): "
             "get it again"
@@ -74,6 +77,8 @@ def _check_members(path: Path) -> None:
     except Exception as error:  # a damaged directory meets nearly every kind of error, too
         if out_of_memory.ran_out(error):
             raise
+        if by_system(error):
+            raise unreadable(path, error) from error
         raise ValueError(
             f"a checkpoint must be a whole file of torch.save, {path} is not "
             f"({brief(str(error))}): get it again"

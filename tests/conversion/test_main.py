@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import pytest
+import safetensors
 import torch
 from comfyui_modelopt.conversion import claims, identity, models, work
 from comfyui_modelopt.conversion.main import main
@@ -206,12 +208,44 @@ def test_a_recording_of_prompts_survives_an_interruption(source, convert, tmp_pa
     assert header["calibration"]["prompts"] == ["a red fox", "a hen"]
     assert header["conversion"]["calibration"]["steps"] == 2
 
+    def late(recordings, path):
+        raise whole_file.NameTaken(f"{path} exists, of a process that was taken for dead")
+
+    monkeypatch.setattr(calibration_file, "save", late)
+    late = convert(source, *small, "--out", tmp_path / "late")["sd15.safetensors"]
+    assert late["status"] == "converted"
+
 
 def test_a_damaged_recording_is_made_again(tmp_path, caplog):
     kept = tmp_path / "kept.calibration"
     kept.write_bytes(b"half")
     assert work._read(kept) is None and not kept.exists()
     assert "recording the prompts again" in caplog.text
+
+
+def test_a_recording_that_a_disk_does_not_give_is_kept(recording, tmp_path, monkeypatch):
+    """Hours of sampling."""
+    kept = tmp_path / "kept.calibration"
+    shutil.copyfile(recording, kept)
+
+    def fail(*_, **__):
+        raise OSError(errno.EIO, "Input/output error", str(kept))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", fail, raising=False)
+        with pytest.raises(ValueError, match="must be a file that can be read"):
+            work._read(kept)
+    assert len(work._read(kept)) == len(calibration_file.load(recording))
+
+
+def test_memory_that_runs_out_for_the_recordings(source, recording, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError(CPU)
+
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    given = (*FLAGS, source, "--calibration", recording, "--out", tmp_path / "out", "--quiet")
+    assert main([str(part) for part in given]) == 2
+    assert "a conversion needs the model and its UNet calls in memory" in capsys.readouterr().err
 
 
 def test_a_lora_is_baked_in(made, checkpoints, recording, convert, tmp_path):
@@ -253,6 +287,11 @@ SMALLER = "sample smaller pictures (--width, --height), or record smaller ones f
         (
             RuntimeError(CPU),
             f"it ran out of it ({CPU}): close other programs, or {SMALLER}",
+        ),
+        (
+            RuntimeError("MPS backend out of memory"),
+            "it ran out of it (MPS backend out of memory): close other programs, or "
+            f"{SMALLER}, or use --device cpu",
         ),
         (MemoryError(), f"it ran out of it (MemoryError): close other programs, or {SMALLER}"),
         (KeyError("x"), "KeyError: 'x'"),

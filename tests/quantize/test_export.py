@@ -40,7 +40,14 @@ def same_attention(monkeypatch):
 def written(checkpoint, path):
     model = loader.load(checkpoint, arithmetic=dispatch.FAKE)
     config, names = model.model.model_config.unet_config, foreign.of_model(model)
-    return model, export.write(checkpoint, config, names, path)
+    return model, write(checkpoint, config, names, path)
+
+
+def write(checkpoint, config, names, path):
+    """The notes."""
+    unet, notes = export.quantized_unet(checkpoint, config, names)
+    export.save(unet, path)
+    return notes
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -112,10 +119,10 @@ def test_a_unet_that_diffusers_does_not_know_is_refused(quantized, tmp_path):
     model = loader.load(checkpoint)
     config, names = model.model.model_config.unet_config, foreign.of_model(model)
     with pytest.raises(ValueError, match="its label_emb is not in diffusers"):
-        export.write(other, config, names, tmp_path / "x.pt")
+        write(other, config, names, tmp_path / "x.pt")
     assert list(tmp_path.iterdir()) == []
     marked = dataclasses.replace(checkpoint, tensors=checkpoint.tensors | {"v_pred": torch.ones(1)})
-    export.write(marked, config, names, tmp_path / "x.pt")
+    write(marked, config, names, tmp_path / "x.pt")
 
 
 def test_block_formats_of_convolutions_are_told(quantized, tmp_path):

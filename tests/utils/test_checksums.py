@@ -145,7 +145,7 @@ class Broken:
         (
             errno.EIO,
             ValueError,
-            "must be a file that can be read, got .*Input/output.*check the disk",
+            "must be a file that can be read, got .*Input/output.*permissions and the disk",
         ),
         (errno.ENOMEM, OSError, "Cannot allocate memory"),
     ],
@@ -215,6 +215,21 @@ def test_what_was_checked_is_not_checked_again_until_it_changes(saved, monkeypat
     settled(saved)
     with pytest.raises(ValueError, match="the bytes of b must be"):
         checksums.check(saved)
+
+
+def test_what_was_written_while_it_was_checked_is_checked_again(saved, monkeypatch):
+    """A check may take longer than a change needs to be told by its time."""
+    monkeypatch.setattr(checksums, "UNSETTLED", 0.3)
+    check = checksums._check
+
+    def slow(*given):
+        time.sleep(0.5)
+        return check(*given)
+
+    monkeypatch.setattr(checksums, "_check", slow)
+    os.utime(saved)
+    assert checksums.check(saved)
+    assert not any(key[0] == str(saved) for key in checksums._checked)
 
 
 def test_what_was_written_just_now_is_checked_again(saved):

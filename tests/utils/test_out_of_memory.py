@@ -18,6 +18,7 @@ from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import calibration as calibration_file
 from comfyui_modelopt.utils import out_of_memory
 from comfyui_modelopt.utils.out_of_memory import OutOfCpuMemory, OutOfMemory
+from comfyui_modelopt.utils.whole_file import NameTaken
 from safetensors import SafetensorError
 
 OF_CPU = [
@@ -28,14 +29,18 @@ OF_CPU = [
     RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"),
     SafetensorError("The paging file is too small for this operation (os error 1455)"),
     OSError("Die Auslagerungsdatei ist zu klein (os error 1455)"),
+    RuntimeError("Couldn't open shared file mapping: <torch_9>, error code: <1455>"),
+    RuntimeError("bad allocation"),
 ]
 OF_GPU = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
     RuntimeError("MPS backend out of memory"),
     torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 OTHERS = [
     OSError(errno.EIO, "Input/output error", "out of memory.safetensors"),
+    NameTaken("a file is never overwritten, out of memory.safetensors exists"),
     ValueError("Cannot allocate memory"),
     RuntimeError("size mismatch"),
 ]
@@ -111,7 +116,8 @@ def test_what_an_accelerator_reports_late_is_taken_off_it(monkeypatch):
 
 def logged(text: str, file: str = "/comfy/weight_adapter/lora.py") -> None:
     root = logging.getLogger()
-    root.handle(root.makeRecord("root", logging.ERROR, file, 1, text, (), None))
+    if root.isEnabledFor(logging.ERROR):
+        root.handle(root.makeRecord("root", logging.ERROR, file, 1, text, (), None))
 
 
 def test_a_patch_that_failed():
@@ -124,6 +130,18 @@ def test_a_patch_that_failed():
         logged("ERROR lora x [Errno 12] Cannot allocate memory")
     with pytest.raises(torch.OutOfMemoryError), out_of_memory.not_swallowed():
         logged("ERROR lora x CUDA out of memory")
+
+
+def test_a_patch_that_failed_where_the_log_shows_no_errors():
+    """ComfyUI's --verbose CRITICAL."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.CRITICAL)
+    try:
+        with pytest.raises(torch.OutOfMemoryError), out_of_memory.not_swallowed():
+            logged("ERROR lora x CUDA out of memory")
+        assert root.level == logging.CRITICAL
+    finally:
+        root.setLevel(level)
 
 
 def test_what_others_log_meanwhile():
