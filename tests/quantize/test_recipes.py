@@ -298,6 +298,18 @@ def test_a_configuration_that_modelopt_refuses_is_modelopts(sd15, calibration, m
         engine.quantize_model(sd15[0], Recipe("int8"), calibration)
 
 
+def test_a_modelopt_that_asks_for_the_calls_more_often_is_told(sd15, calibration, monkeypatch):
+    """Another version's algorithm may; the calls are read once for each time that is known of."""
+    calibrate = modelopt.calibrate
+
+    def twice(unet, plans, replay):
+        calibrate(unet, plans, lambda twin: (replay(twin), replay(twin)))
+
+    monkeypatch.setattr(modelopt, "calibrate", twice)
+    with pytest.raises(ValueError, match="calls 1 times here, .* asked once more: choose another"):
+        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+
+
 @pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError])
 def test_a_failure_of_the_unet_is_not_modelopts(sd15, calibration, monkeypatch, kind):
     """Of ComfyUI, or of a custom node that patched it: in the replay, below a layer of ModelOpt's."""

@@ -1,0 +1,22 @@
+"""Files that the system does not give, which says nothing of what they hold."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from .text import brief
+
+
+def by_system(error: BaseException) -> bool:
+    """Whether the system refused to read a file. A reader of a damaged file may seek a place that
+    cannot be, which is not the system's fault."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
+def unreadable(path: Path | str, error: BaseException) -> ValueError:
+    """To raise for an error of `by_system`."""
+    return ValueError(
+        f"{path} must be a file that can be read, got {brief(str(error))}: check its name, its "
+        "permissions and the disk"
+    )
