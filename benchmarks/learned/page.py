@@ -8,6 +8,7 @@ from typing import Any
 from ...formats import FORMATS
 from ...formats.checkpoint import SIXTEEN
 from ...quantize.layers import MODES
+from ...quantize.recipe import AWQ, SMOOTHQUANT
 from .judging import bits_of, gain, holm, paired
 
 HEAD = (
@@ -16,6 +17,8 @@ HEAD = (
 )
 SIGNIFICANT = 0.05
 SAME_SIZE = 0.01  # as share of a file
+# algorithms whose layers multiply what they get by a scale, at every call
+SMOOTHING = (SMOOTHQUANT, *AWQ)
 
 
 def decibels(value: float) -> str:
@@ -51,6 +54,8 @@ def costs(own: dict[str, Any], row: dict[str, Any]) -> list[str]:
         found.append(f"{100 * larger:.0f} % larger")
     if own["opens_in_stock"] and not row["opens_in_stock"]:
         found.append("not for stock ComfyUI")
+    if row["algorithm"] in SMOOTHING and own["algorithm"] not in SMOOTHING:
+        found.append("smoothing at every call")
     if row["activations"] == SIXTEEN:
         found.append("arithmetic in 16 bits")
     return found
@@ -59,9 +64,8 @@ def costs(own: dict[str, Any], row: dict[str, Any]) -> list[str]:
 def defaults(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each format and choice of layers: its default beside every other recipe, in table order.
 
-    psnr, sqnr: what the other gains over the default in dB, see `judging.gain`. costs: see `costs`.
-    verdict: "better" where the interval of the PSNR lies above 0, "worse" where below, else "tie".
-    lost and won by the other, p of McNemar's test.
+    psnr, sqnr: what the other gains over the default in dB, see `judging.gain`. verdict: of the two,
+    see `verdict`. costs: see `costs`. lost and won by the other, p of McNemar's test.
     """
     found = []
     for layers in MODES:
@@ -72,7 +76,7 @@ def defaults(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 if own is None or row is own:
                     continue
                 psnr = gain(own["errors"], row["errors"])
-                low, high = psnr["interval"]
+                sqnr = gain(own["noise"], row["noise"], row["calls_a_run"])
                 found.append(
                     {
                         "format": form,
@@ -80,13 +84,21 @@ def defaults(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                         "default": recipe_name(own),
                         "other": recipe_name(row),
                         "psnr": psnr,
-                        "sqnr": gain(own["noise"], row["noise"], row["calls_a_run"]),
-                        "verdict": "better" if low > 0 else "worse" if high < 0 else "tie",
+                        "sqnr": sqnr,
+                        "verdict": verdict(psnr, sqnr),
                         "costs": costs(own, row),
                         **paired(bits_of(own["readings"]), bits_of(row["readings"])),
                     }
                 )
     return found
+
+
+def verdict(*gains: dict[str, Any]) -> str:
+    """Of gains of one recipe over another: "better" where some interval lies above 0 and none below it,
+    "worse" the other way round, "mixed" where there are both, "tie" where each holds 0."""
+    above = any(one["interval"][0] > 0 for one in gains)
+    below = any(one["interval"][1] < 0 for one in gains)
+    return "mixed" if above and below else "better" if above else "worse" if below else "tie"
 
 
 def eight_bits(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -128,17 +140,19 @@ def _default_lines(rows: list[dict[str, Any]]) -> list[str]:
     found = defaults(rows)
     beaten = [one for one in found if one["verdict"] == "better" and not one["costs"]]
     paid = [one for one in found if one["verdict"] == "better" and one["costs"]]
+    mixed = [one for one in found if one["verdict"] == "mixed"]
     lines = [
         "Each other recipe of a format beside its default, on the same samples and calls: what it "
         "gains, with the 95 % interval of a paired bootstrap over the samples (PSNR) and over the "
-        "sampling runs (SQNR). PSNR decides, since samples are what a user sees; SQNR counts every "
-        "call alike, wherever in the trajectory, and so the late ones, whose steps are small, for "
-        "more than they move a sample.",
+        "sampling runs (SQNR). Better is what gains in one of them and loses in neither. They can part: "
+        "a sample is decided by the early calls, where large sigmas place shapes, while SQNR counts every "
+        "call alike, and so the late ones, which refine it.",
         "",
         f"Better than the default at no cost: {names(beaten) or 'none'}. "
-        f"Better at a cost: {names(paid) or 'none'}.",
+        f"Better at a cost: {names(paid) or 'none'}. "
+        f"Better in one and worse in the other: {names(mixed) or 'none'}.",
         "",
-        "| format | layers | default | other | PSNR of samples | SQNR, held out | by PSNR | at a cost of "
+        "| format | layers | default | other | PSNR of samples | SQNR, held out | by both | at a cost of "
         "| lost / won | p |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]

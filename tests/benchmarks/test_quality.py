@@ -137,19 +137,21 @@ def test_page_sets_every_recipe_beside_its_default():
         row("mse", 1.0, "1" * 80 + "0" * 20),
         row("percentile", 2.0, "1" * 80 + "0" * 20),
         row("smoothquant", 0.1, "1" * 99 + "0", bytes=1100, opens_in_stock=False),
+        row("other", 0.5, "1" * 80 + "0" * 20, noise=[2.0, 4.0, 2.0, 6.0]),
     ]
-    same, worse, best = page.defaults(rows)
+    same, worse, best, mixed = page.defaults(rows)
     assert (same["other"], same["verdict"], same["costs"]) == ("mse", "tie", [])
     assert worse["verdict"] == "worse"
     assert worse["psnr"]["db"] == pytest.approx(-10 * math.log10(2))
     assert (best["verdict"], best["lost"], best["won"]) == ("better", 0, 19)
     assert best["psnr"]["db"] == pytest.approx(10) == best["sqnr"]["db"]
-    assert best["costs"] == ["10 % larger", "not for stock ComfyUI"]
-    assert "at no cost: none. Better at a cost: int8 smoothquant" in "\n".join(
-        page._default_lines(rows)
-    )
+    assert best["costs"] == ["10 % larger", "not for stock ComfyUI", "smoothing at every call"]
+    assert (mixed["verdict"], mixed["costs"]) == ("mixed", [])
+    text = "\n".join(page._default_lines(rows))
+    assert "at no cost: none. Better at a cost: int8 smoothquant (linear + conv). " in text
+    assert "Better in one and worse in the other: int8 other (linear + conv)." in text
     eight = page.eight_bits(rows)
-    assert eight["beyond_noise"] == 3
+    assert eight["beyond_noise"] == 4
     assert eight["largest_loss"] == pytest.approx(0.2)
 
 
