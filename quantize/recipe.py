@@ -204,8 +204,6 @@ def plan(
 def _algorithm(recipe: Recipe, kind: str) -> str:
     if kind == "conv2d" and recipe.algorithm == SMOOTHQUANT:
         return recipe.convolutions
-    if kind == "conv2d" and recipe.algorithm in AWQ and recipe.format == "int4":
-        return MSE  # AWQ does not reach convolutions, and so few bits want clipping
     if kind == "conv2d":
         return recipe.algorithm if recipe.algorithm in (MSE, PERCENTILE) else MAX
     return MAX if recipe.algorithm == PERCENTILE else recipe.algorithm
