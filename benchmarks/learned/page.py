@@ -17,6 +17,7 @@ HEAD = (
 )
 SIGNIFICANT = 0.05
 SAME_SIZE = 0.01  # as share of a file
+SAME_QUALITY = 0.1  # dB: 2 % of the noise
 # algorithms whose layers multiply what they get by a scale, at every call
 SMOOTHING = (SMOOTHQUANT, *AWQ)
 
@@ -94,10 +95,11 @@ def defaults(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdict(*gains: dict[str, Any]) -> str:
-    """Of gains of one recipe over another: "better" where some interval lies above 0 and none below it,
-    "worse" the other way round, "mixed" where there are both, "tie" where each holds 0."""
-    above = any(one["interval"][0] > 0 for one in gains)
-    below = any(one["interval"][1] < 0 for one in gains)
+    """Of gains of one recipe over another: "better" where some is a gain and none a loss, "worse" the
+    other way round, "mixed" where there are both, "tie" where there is neither. A gain's interval lies
+    above 0, and it is SAME_QUALITY or more; a loss's the same below."""
+    above = any(one["interval"][0] > 0 and one["db"] >= SAME_QUALITY for one in gains)
+    below = any(one["interval"][1] < 0 and one["db"] <= -SAME_QUALITY for one in gains)
     return "mixed" if above and below else "better" if above else "worse" if below else "tie"
 
 
@@ -144,9 +146,10 @@ def _default_lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "Each other recipe of a format beside its default, on the same samples and calls: what it "
         "gains, with the 95 % interval of a paired bootstrap over the samples (PSNR) and over the "
-        "sampling runs (SQNR). Better is what gains in one of them and loses in neither. They can part: "
-        "a sample is decided by the early calls, where large sigmas place shapes, while SQNR counts every "
-        "call alike, and so the late ones, which refine it.",
+        "sampling runs (SQNR). Better is what gains in one of them and loses in neither; an interval that "
+        f"holds 0 is no gain, nor is less than {SAME_QUALITY:g} dB. They can part: a sample is decided by "
+        "the early calls, where large sigmas place shapes, while SQNR counts every call alike, and so the "
+        "late ones, which refine it.",
         "",
         f"Better than the default at no cost: {names(beaten) or 'none'}. "
         f"Better at a cost: {names(paid) or 'none'}. "

@@ -108,6 +108,20 @@ def test_gain_is_paired():
     assert judging.gain([1.0, 2.0], [0.0, 0.0])["db"] == math.inf
 
 
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ([(0.3, 0.1, 0.5), (0.0, -0.1, 0.1)], "better"),
+        ([(0.3, -0.1, 0.7), (-0.4, -0.6, -0.2)], "worse"),
+        ([(0.3, 0.1, 0.5), (-0.4, -0.6, -0.2)], "mixed"),
+        ([(0.3, -0.1, 0.7), (0.05, 0.01, 0.09)], "tie"),
+        ([(-0.05, -0.09, -0.01), (math.inf, math.inf, math.inf)], "better"),
+    ],
+)
+def test_verdict(gains, said):
+    assert page.verdict(*({"db": db, "interval": [low, high]} for db, low, high in gains)) == said
+
+
 def test_page_sets_every_recipe_beside_its_default():
     def row(algorithm, error, readings, **facts):
         before = torch.ones(len(readings), dtype=torch.bool)
