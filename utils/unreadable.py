@@ -14,9 +14,9 @@ def by_system(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
-def unreadable(path: Path | str, error: BaseException) -> ValueError:
+def unreadable(path: Path | str, error: OSError) -> ValueError:
     """To raise for an error of `by_system`."""
+    why = brief(error.strerror or str(error))
     return ValueError(
-        f"{path} must be a file that can be read, got {brief(str(error))}: check its name, its "
-        "permissions and the disk"
+        f"{path} must be a file that can be read, got {why}: check its name, its permissions and the disk"
     )
