@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..utils import out_of_memory
 from ..utils.text import brief
-from ..utils.unreadable import by_system, unreadable
+from ..utils.unreadable import by_system, met, unreadable
 from .options import Lora, UsageError
 
 log = logging.getLogger(__name__)
@@ -99,10 +99,11 @@ def _read_lora(path: Path):
     try:
         return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:  # pickle raises anything
-        if out_of_memory.ran_out(error):
-            raise
-        if by_system(error):
-            raise unreadable(path, error) from error
+        cause = met(error)
+        if out_of_memory.ran_out(cause):
+            raise cause from None
+        if by_system(cause):
+            raise unreadable(path, cause) from cause
         raise ValueError(
             f"a LoRA must be a whole file of weights, {path} is not ({brief(_line(error))}): it is "
             "damaged or incomplete, get it again"

@@ -11,7 +11,7 @@ import torch
 
 from ..formats import files
 from ..utils import checksums, out_of_memory
-from ..utils.unreadable import by_system, unreadable
+from ..utils.unreadable import by_system, met, unreadable
 
 
 def unless_cancelled(size: int) -> None:
@@ -28,10 +28,11 @@ def tensors_of(
     try:
         tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     except Exception as error:  # a file that changed since it was checked meets any kind of error
-        if out_of_memory.ran_out(error):
-            raise
-        if by_system(error):
-            raise unreadable(path, error) from error
+        cause = met(error)
+        if out_of_memory.ran_out(cause):
+            raise cause from None
+        if by_system(cause):
+            raise unreadable(path, cause) from cause
         raise ValueError(
             f"a quantized checkpoint must be a whole safetensors file named .safetensors, {path} is "
             f"not ({' '.join(str(error).split())[:200]}): rename it or get it again"

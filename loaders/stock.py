@@ -10,6 +10,7 @@ import comfy.sd
 from ..formats import files
 from ..utils import out_of_memory
 from ..utils.report import megabytes
+from ..utils.unreadable import by_system, met, unreadable
 
 MARKER = ".comfy_quant"
 # of the form before the markers
@@ -41,8 +42,11 @@ def load(path: str):
         *(RuntimeError, ValueError, TypeError, AttributeError),
         *(KeyError, IndexError, AssertionError),
     ) as error:
-        if out_of_memory.ran_out(error):
-            raise
+        cause = met(error)
+        if out_of_memory.ran_out(cause):
+            raise cause from None
+        if by_system(cause):
+            raise unreadable(path, cause) from cause
         raise ValueError(
             f"a quantized file without this pack's header must be one that stock ComfyUI opens, "
             f"{path} is not ({error}): get it again, or ask its author what it is for"

@@ -14,6 +14,13 @@ def by_system(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
+def met(error: Exception) -> BaseException:
+    """What a reader of ComfyUI's met: `load_torch_file` looks for words in an error's first argument,
+    which of an OSError is a number, and so fails with a TypeError of its own."""
+    behind = error.__context__
+    return behind if isinstance(error, TypeError) and isinstance(behind, OSError) else error
+
+
 def unreadable(path: Path | str, error: OSError) -> ValueError:
     """To raise for an error of `by_system`."""
     why = brief(error.strerror or str(error))
