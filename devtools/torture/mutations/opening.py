@@ -141,5 +141,5 @@ def names(path: Path, rng: random.Random) -> Callable[[], Any]:
     try:
         routes.file_of(name)
     except ValueError:
-        raise ValueError(f"refused: {name[:20]!r}, {path}") from None
+        raise ValueError(f"{path}: every node refuses the name {name[:20]!r}") from None
     raise AssertionError(f"the page is told of {name[:60]!r}")
