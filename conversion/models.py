@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..utils import out_of_memory
 from ..utils.text import brief
-from ..utils.unreadable import by_system, met, unreadable
+from ..utils.unreadable import raise_unless_damage
 from .options import Lora, UsageError
 
 log = logging.getLogger(__name__)
@@ -50,14 +50,10 @@ def load(file: Path, with_clip: bool):
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
     except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
-        if out_of_memory.ran_out(error):
-            raise
-        if by_system(error):
-            raise unreadable(file, error) from error
+        raise_unless_damage(file, error)
         raise _damaged(file, error) from error
-    except RuntimeError as error:
-        if out_of_memory.ran_out(error):
-            raise
+    except (RuntimeError, TypeError) as error:
+        raise_unless_damage(file, error)
         if "PytorchStreamReader" in str(error):
             raise _damaged(file, error) from error
         if "Could not detect model type" not in str(error):
@@ -99,11 +95,7 @@ def _read_lora(path: Path):
     try:
         return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:  # pickle raises anything
-        cause = met(error)
-        if out_of_memory.ran_out(cause):
-            raise cause from None
-        if by_system(cause):
-            raise unreadable(path, cause) from cause
+        raise_unless_damage(path, error)
         raise ValueError(
             f"a LoRA must be a whole file of weights, {path} is not ({brief(_line(error))}): it is "
             "damaged or incomplete, get it again"

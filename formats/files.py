@@ -17,7 +17,7 @@ import torch
 from ..utils import checksums, out_of_memory
 from ..utils.files import DTYPES, header_text, save_safetensors, whole_header
 from ..utils.text import brief, brief_repr, read_json
-from ..utils.unreadable import by_system, unreadable
+from ..utils.unreadable import raise_unless_damage
 from . import FORMATS, int8
 from .checkpoint import FORMAT_VERSION, INPUTS, REMEDY, Input, Layer, QuantizedCheckpoint
 
@@ -215,10 +215,7 @@ def metadata_of(
             metadata, names = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError, RuntimeError) as error:
         # a RuntimeError is torch's, of a file cut off meanwhile
-        if out_of_memory.ran_out(error):
-            raise
-        if by_system(error):
-            raise unreadable(path, error) from error
+        raise_unless_damage(path, error)
         raise ValueError(
             f"{what} must be a whole safetensors file, {path} is not ({brief(str(error))}): {remedy}"
         ) from error

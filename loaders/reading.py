@@ -10,8 +10,8 @@ import comfy.utils
 import torch
 
 from ..formats import files
-from ..utils import checksums, out_of_memory
-from ..utils.unreadable import by_system, met, unreadable
+from ..utils import checksums
+from ..utils.unreadable import raise_unless_damage
 
 
 def unless_cancelled(size: int) -> None:
@@ -28,11 +28,7 @@ def tensors_of(
     try:
         tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     except Exception as error:  # a file that changed since it was checked meets any kind of error
-        cause = met(error)
-        if out_of_memory.ran_out(cause):
-            raise cause from None
-        if by_system(cause):
-            raise unreadable(path, cause) from cause
+        raise_unless_damage(path, error)
         raise ValueError(
             f"a quantized checkpoint must be a whole safetensors file named .safetensors, {path} is "
             f"not ({' '.join(str(error).split())[:200]}): rename it or get it again"

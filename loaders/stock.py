@@ -10,7 +10,7 @@ import comfy.sd
 from ..formats import files
 from ..utils import out_of_memory
 from ..utils.report import megabytes
-from ..utils.unreadable import by_system, met, unreadable
+from ..utils.unreadable import raise_unless_damage
 
 MARKER = ".comfy_quant"
 # of the form before the markers
@@ -42,11 +42,7 @@ def load(path: str):
         *(RuntimeError, ValueError, TypeError, AttributeError),
         *(KeyError, IndexError, AssertionError),
     ) as error:
-        cause = met(error)
-        if out_of_memory.ran_out(cause):
-            raise cause from None
-        if by_system(cause):
-            raise unreadable(path, cause) from cause
+        raise_unless_damage(path, error)
         raise ValueError(
             f"a quantized file without this pack's header must be one that stock ComfyUI opens, "
             f"{path} is not ({error}): get it again, or ask its author what it is for"

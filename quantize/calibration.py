@@ -21,7 +21,7 @@ from ..utils import checksums, out_of_memory
 from ..utils.files import save_safetensors
 from ..utils.finite import all_finite
 from ..utils.text import brief, brief_repr, read_json
-from ..utils.unreadable import by_system, unreadable
+from ..utils.unreadable import raise_unless_damage
 from .records import Record, Run, digest, keep
 from .thinning import shares
 
@@ -183,10 +183,7 @@ def load(
             tensors = {name: keep(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
         # a RuntimeError is torch's, of a file cut off meanwhile
-        if out_of_memory.ran_out(error):
-            raise
-        if by_system(error):
-            raise unreadable(path, error) from error
+        raise_unless_damage(path, error)
         raise ValueError(
             f"a calibration file must be a whole safetensors file, got {error} in {path}: "
             "copy it again or record it again"

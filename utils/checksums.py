@@ -17,9 +17,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from . import out_of_memory
 from .text import brief, brief_repr, read_json
-from .unreadable import unreadable
+from .unreadable import raise_unless_damage
 
 ENTRY = "modelopt_crc32"
 DIGITS = 8
@@ -88,9 +87,8 @@ def check(path: Path | str, step: Callable[[int], None] = lambda size: None) -> 
                     return found
                 _checked[key] = found
     except OSError as error:
-        if out_of_memory.ran_out(error):
-            raise
-        raise unreadable(path, error) from error
+        raise_unless_damage(path, error)
+        raise
     return _checked[key]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ...utils import checksums, out_of_memory
+from ...utils import checksums
 from ...utils.text import brief, read_json
-from ...utils.unreadable import by_system, unreadable
+from ...utils.unreadable import raise_unless_damage
 from .. import reading
 
 STATE = "modelopt_state.pth"
@@ -48,10 +48,7 @@ def _object(file: Path) -> dict:
             raise ValueError(f"more than {checksums.LONGEST_HEADER} bytes")
         found = read_json(text.decode("utf-8"))
     except (OSError, ValueError) as error:
-        if out_of_memory.ran_out(error):
-            raise
-        if by_system(error):
-            raise unreadable(file, error) from error
+        raise_unless_damage(file, error)
         raise ValueError(f"{file} must be JSON, found {brief(str(error))}: {AGAIN}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} must be a JSON object, found {type(found).__name__}: {AGAIN}")

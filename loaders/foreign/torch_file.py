@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ...utils import out_of_memory
 from ...utils.text import brief
-from ...utils.unreadable import by_system, unreadable
+from ...utils.unreadable import raise_unless_damage
 
 PIECE = 2**22
 
@@ -49,10 +48,7 @@ def load(path: Path) -> object:
             f"({_cause(error)}): do not use this file unless you know who made it and why"
         ) from error
     except Exception as error:  # torch's reader meets damage with nearly every kind of error
-        if out_of_memory.ran_out(error):
-            raise
-        if by_system(error):
-            raise unreadable(path, error) from error
+        raise_unless_damage(path, error)
         raise ValueError(
             f"a checkpoint must be a whole file of torch.save, {path} is not ({_cause(error)}): "
             "get it again"
@@ -75,10 +71,7 @@ def _check_members(path: Path) -> None:
                     while data.read(PIECE):
                         pass
     except Exception as error:  # a damaged directory meets nearly every kind of error, too
-        if out_of_memory.ran_out(error):
-            raise
-        if by_system(error):
-            raise unreadable(path, error) from error
+        raise_unless_damage(path, error)
         raise ValueError(
             f"a checkpoint must be a whole file of torch.save, {path} is not "
             f"({brief(str(error))}): get it again"
