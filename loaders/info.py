@@ -9,6 +9,8 @@ from ..utils import provenance
 from ..utils.report import kernel_lines, megabytes, model_report
 from . import layouts, unet
 
+SCALES = ("input_scale", "pre_quant_scale")
+
 
 def weight_bytes(model) -> int:
     """Bytes of the UNet's weights as they are held, scales included."""
@@ -70,8 +72,11 @@ def blocks(model) -> dict[str, tuple[float, float]]:
     for name, parameter in model.model.diffusion_model.named_parameters():
         parts = name.split(".")
         block = ".".join(parts[:2]) if parts[0].endswith("blocks") else parts[0]
-        bits = _bits(parameter)
         entry = totals.setdefault(block, [0.0, 0.0])
+        if parts[-1] in SCALES:  # stock ComfyUI holds them beside the weight
+            entry[0] += 8 * parameter.nbytes
+            continue
+        bits = _bits(parameter)
         entry[0] += parameter.numel() * bits
         entry[1] += parameter.numel()
     return {name: (bits / count, bits / 8e6) for name, (bits, count) in totals.items() if count}

@@ -14,14 +14,14 @@ from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
 AWQ_LITE, AWQ_FULL, SVDQUANT = "awq_lite", "awq_full", "svdquant"
-# format -> its algorithms, the default first. fp8's measures best of all formats with `linear +
-# conv` (benchmarks/results); int8's is the one whose `linear only` files stock ComfyUI opens, although
-# smoothquant measures better
+# format -> its algorithms, the default first: the one that benchmarks/results measures best among
+# those of its size. int8's is not: it is the one whose `linear only` files stock ComfyUI opens,
+# although smoothquant measures better
 ALGORITHMS = {
     "fp8": (MSE, MAX),
     "int8": (MAX, SMOOTHQUANT, PERCENTILE, MSE),
     "mxfp8": (MAX,),
-    "nvfp4": (MAX, AWQ_LITE, SVDQUANT),
+    "nvfp4": (AWQ_LITE, SVDQUANT, MAX),
     "int4": (AWQ_LITE, AWQ_FULL, SVDQUANT, MSE, MAX),
     "w4a8": (AWQ_LITE, AWQ_FULL, MAX),
     "fp8_e5m2": (MAX,),

@@ -31,6 +31,7 @@ VARIANTS = {
     "e5m2-linear": ("fp8", LINEAR, {"weights": "e5m2"}),
     "mxfp8-linear": ("mxfp8", LINEAR, {}),
     "mxfp8-all": ("mxfp8", ALL, {}),
+    "nvfp4-awq-linear": ("nvfp4", LINEAR, {"algorithm": "awq_lite"}),
     "nvfp4-all-svd": ("nvfp4", ALL, {"algorithm": "svdquant", "rank": 4}),
     "w4a8-all": ("w4a8", ALL, {"algorithm": "max"}),
 }

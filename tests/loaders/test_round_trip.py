@@ -20,6 +20,7 @@ RECIPES = [
     Recipe("fp8_e5m2"),
     Recipe("mxfp8"),
     Recipe("nvfp4", layers="linear only"),
+    Recipe("nvfp4", "max", layers="linear only"),
     Recipe("nvfp4", "svdquant", rank=4),
     Recipe("int4", "awq_lite"),
     Recipe("w4a8", "max"),

@@ -15,6 +15,7 @@ from comfyui_modelopt.quantize.recipe import Recipe
 from safetensors.torch import load_file, save_file
 
 RECIPES = [Recipe(name, layers="linear only") for name in ("int8", "fp8", "nvfp4", "mxfp8")]
+RECIPES.append(Recipe("nvfp4", "max", layers="linear only"))
 
 
 def with_header(tensors, metadata):
@@ -27,7 +28,7 @@ def with_markers(tensors, metadata):
 
 
 @pytest.mark.parametrize("form", [with_header, with_markers], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.format)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.format}-{r.algorithm}")
 def test_stock_forms(quantized, tmp_path, recipe, form):
     made = quantized(recipe)
     ours, path = tmp_path / "ours.safetensors", str(tmp_path / "x.safetensors")

@@ -42,7 +42,7 @@ WITHOUT = [
     Recipe("int8", layers=LINEAR_ONLY, skip=FEW),
     Recipe("fp8", "max", layers=LINEAR_ONLY, activations=PER_TOKEN, skip=FEW),
     Recipe("mxfp8", layers=LINEAR_ONLY, skip=FEW),
-    Recipe("nvfp4", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("nvfp4", "max", layers=LINEAR_ONLY, skip=FEW),
     Recipe("int4", "max", skip=FEW),
     Recipe("fp8_e5m2", skip=FEW),
 ]
@@ -161,7 +161,11 @@ def test_numbers_that_no_plan_can_know(checkpoints, short, tmp_path):
 
 @pytest.mark.parametrize(
     "recipe",
-    [Recipe("int8", skip=FEW), Recipe("nvfp4", layers=LINEAR_ONLY), Recipe("mxfp8", skip=FEW)],
+    [
+        Recipe("int8", skip=FEW),
+        Recipe("nvfp4", "max", layers=LINEAR_ONLY),
+        Recipe("mxfp8", skip=FEW),
+    ],
     ids=name,
 )
 def test_sdxl(recipe, tmp_path):
@@ -180,7 +184,7 @@ def test_beyond_unets(kind, tmp_path):
     model = comfy.sd.load_diffusion_model(str(path))
     given = [families.conditioning(kind, seed) for seed in (1, 2)]
     calls = record(model, *given, families.latent(kind))
-    for recipe in (Recipe("nvfp4"), Recipe("int8")):
+    for recipe in (Recipe("nvfp4", "max"), Recipe("int8")):
         expected = predicted(model, recipe, calls)
         made = engine.quantize_model(model, recipe, calls)
         folder = tmp_path / recipe.format
@@ -194,9 +198,9 @@ MEASURED = [
     Recipe("int8", "smoothquant"),
     Recipe("int8", "mse", layers=LINEAR_ONLY),
     Recipe("fp8", "max"),
-    Recipe("nvfp4"),
-    Recipe("nvfp4", layers=LINEAR_ONLY),
-    Recipe("nvfp4", "awq_lite", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("nvfp4", "max"),
+    Recipe("nvfp4", "max", layers=LINEAR_ONLY),
+    Recipe("nvfp4", layers=LINEAR_ONLY, skip=FEW),
     Recipe("mxfp8", skip=FEW),
     Recipe("int4", "max"),
     Recipe("int4", "svdquant", layers=LINEAR_ONLY, skip=FEW),
@@ -204,7 +208,7 @@ MEASURED = [
 ]
 
 
-PATCHED = [Recipe("int8"), Recipe("nvfp4", layers=LINEAR_ONLY)]
+PATCHED = [Recipe("int8"), Recipe("nvfp4", "max", layers=LINEAR_ONLY)]
 
 
 @pytest.mark.parametrize(
