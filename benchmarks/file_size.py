@@ -3,7 +3,8 @@
 `python benchmarks/file_size.py --family sd15` writes benchmarks/results/file_size_sd15.json and a
 table; `--variants awq svdquant` measures those only, and keeps the other rows. The weights are random (shapes and bytes are those of the real architectures); quantizing
 replays real UNet calls of a very small picture. Memory is the process's resident set, sampled,
-from after the plan was made (which imports ModelOpt) on.
+from after the plan was made (which imports ModelOpt) on. With glibc the heap is told to give back what
+is freed (NO_HEAP), as a GPU's allocator is counted: it keeps up to a quarter more for itself.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # last: `nodes` and `utils` must stay ComfyUI's
+from devtools import common  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 VARIANTS = (
     ("int8", "max", "linear + conv"),
@@ -64,7 +70,6 @@ class PeakMemory:
 
 
 def _prepare():
-    sys.path.append(str(ROOT))  # last: `nodes` and `utils` must stay ComfyUI's
     from devtools import inprocess
 
     inprocess.load()
@@ -160,7 +165,8 @@ def stage_load(target: str) -> dict:
 
 def _run(stage: str, *arguments: str) -> dict:
     command = [sys.executable, __file__, "--stage", stage, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    env = os.environ | common.NO_HEAP
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -175,11 +181,10 @@ def _make(family: str, folder: Path) -> Path:
     return path
 
 
-def measure(family: str, folder: Path, wanted: list[str]) -> list[dict]:
+def measure(family: str, folder: Path, wanted: list[str]) -> Iterator[dict]:
     """One row a variant, of those whose name holds one of the words of `wanted` (all when empty)."""
     source = Path(_run("make", family, str(folder))["path"])
     before = source.stat().st_size
-    rows = []
     for variant in VARIANTS:
         if wanted and not any(word in " ".join(variant) for word in wanted):
             continue
@@ -191,11 +196,10 @@ def measure(family: str, folder: Path, wanted: list[str]) -> list[dict]:
         row |= _run("load", str(target))
         row["extra_over_16bit"] = row["extra_rss"] / before
         row["load_over_file"] = row["load_extra_rss"] / row["bytes_after"]
-        rows.append(row)
         target.unlink()
         _say(_line(row))
+        yield row
     source.unlink()
-    return rows
 
 
 HEAD = (
@@ -252,16 +256,17 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for family in args.family:
         with tempfile.TemporaryDirectory() as folder:
-            _write(family, measure(family, Path(folder), args.variants))
+            for row in measure(family, Path(folder), args.variants):
+                _write(family, row)
 
 
-def _write(family: str, rows: list[dict]) -> None:
-    """Results of one family: rows measured now, beside those of other variants from before."""
+def _write(family: str, row: dict) -> None:
+    """Results of one family: a row measured now, beside those of other variants from before."""
     path = RESULTS / f"file_size_{family}.json"
     machine = f"{cpu_name()}, {platform.system()}, CPU only"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"rows": []}
     kept = {row["variant"]: row for row in before["rows"] if before["machine"] == machine}
-    kept |= {row["variant"]: row for row in rows}
+    kept[row["variant"]] = row
     order = [" ".join(variant) for variant in VARIANTS]
     rows = [kept[name] for name in order if name in kept]
     path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")

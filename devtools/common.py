@@ -12,6 +12,8 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent.parent
 STDERR = 2  # a file descriptor: where a child's chatter goes, so that our stdout stays clean
 PACK_NAME = "comfyui-modelopt"
+# for a child on glibc: each tensor is memory of its own, and is given back when it is freed
+NO_HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 class UserError(Exception):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import inprocess, synthetic
+from .. import common, inprocess, synthetic
 from ..server import ComfyServer, Result
 from . import graphs
 from .outcome import Effort, Row, not_here
@@ -222,8 +222,6 @@ def cancels(effort: Effort, say: Callable[[str], None]) -> list[Row]:
 SHORT = (3, 6, 10, 20, 30, 40)
 ENOUGH = "had enough"
 TOLD = "error that says what it needs"
-# so that each tensor is memory of its own, not what was freed before
-NO_HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def faults(effort: Effort) -> list[Row]:
@@ -235,7 +233,7 @@ def faults(effort: Effort) -> list[Row]:
     import resource
 
     rows = [Row("faults", kind) for kind in kinds]
-    with folder_with_checkpoint() as folder, made(folder, env=NO_HEAP) as server:
+    with folder_with_checkpoint() as folder, made(folder, env=common.NO_HEAP) as server:
         server.run(graphs.saved(1), timeout=TIMEOUT)
         pid, seed = server.process.pid, effort.seed + 1
         none = resource.RLIM_INFINITY

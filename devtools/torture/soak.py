@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from .. import common
 from ..server import ComfyServer
 from . import graphs, servers
 from .outcome import Effort, NotHere, Row
@@ -63,7 +64,7 @@ def run(effort: Effort, say: Callable[[str], None]) -> list[Row]:
     # the C library's own heap keeps what is freed, in pieces
     with (
         servers.folder_with_checkpoint() as folder,
-        servers.made(folder, env=servers.NO_HEAP) as server,
+        servers.made(folder, env=common.NO_HEAP) as server,
     ):
         before: list[str] = []
         for number in range(1, cycles + 1):
