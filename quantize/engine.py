@@ -219,7 +219,8 @@ def _check_outputs(references: list[torch.Tensor]) -> None:
             raise ValueError(
                 "the UNet must give finite numbers on the recorded calls, it gives NaN or infinity "
                 f"on call {number} of the {len(references)} looked at: try another precision "
-                "(--force-fp32 or bf16), or record with other settings"
+                "(--force-fp32 or bf16), or record with other settings; if KSampler alone gives a "
+                "black picture with them too, get another copy of the checkpoint"
             )
 
 
@@ -230,7 +231,7 @@ def _check_finite(unet: torch.nn.Module, layers: Iterable[str], step: Callable[[
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"weights must be finite, {name} holds NaN or infinity: "
-                f"the checkpoint is damaged, or skip that layer with the pattern {name}"
+                "the checkpoint is damaged, get another copy of it"
             )
 
 

@@ -1,7 +1,7 @@
 // Shows on the pack's nodes what they report, and before the run how a choice would run here.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { followWidgets, hasBadge } from "./modelopt_badge.js";
+import { askAgain, followWidgets, hasBadge } from "./modelopt_badge.js";
 import { endProgress, grow, makeRoom, showChart, showReport, WIDTH } from "./modelopt_widgets.js";
 
 const PREFIX = "ModelOpt";
@@ -46,7 +46,12 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (message) {
       onExecuted?.apply(this, arguments);
       output(this, message);
+      this.modeloptAskAgain?.(); // a file that could not be read before
     };
+  },
+  // R was pressed: files may have come or gone
+  refreshComboInNodes() {
+    askAgain(app.rootGraph ?? app.graph);
   },
   loadedGraphNode(node) {
     if (node.comfyClass?.startsWith(PREFIX)) recall(node);

@@ -50,28 +50,40 @@ function keepMadeBy(node, text) {
 
 export const hasBadge = (id) => id in ASKED;
 
+/** Asks again what files and formats are, on all nodes of a graph and of the subgraphs in it. */
+export function askAgain(root) {
+  for (const graph of [root, ...(root?.subgraphs?.values() ?? [])])
+    for (const node of graph?.nodes ?? []) node.modeloptAskAgain?.();
+}
+
 /** Keeps the chips of a node in step with its widgets. */
 export function followWidgets(node, id) {
   addChips(node);
   const known = new WeakSet();
   let timer;
   let shown;
+  let stale = false; // the answer may be another by now
   let opened; // what the workflow came with: its file need not be there
   const refresh = async () => {
     watch(); // a chosen format brings widgets of its own
     const asked = query(ASKED[id](node));
-    if (asked === shown) return;
+    if (asked === shown && !stale) return;
+    const same = opened && opened.file === value(node, "unet_name"); // other nodes have no file
+    const known = asked === shown ? value(node, "made_by") : same ? opened.text : "";
+    stale = false;
     shown = asked;
     const found = await ask(asked);
     if (asked !== shown) return;
-    const same = opened && opened.file === value(node, "unet_name"); // other nodes have no file
-    const known = same ? opened.text : "";
     keepMadeBy(node, found.made_by || known);
     showChips(node, found.chips);
   };
   const later = () => {
     clearTimeout(timer);
     timer = setTimeout(refresh, DELAY);
+  };
+  node.modeloptAskAgain = () => {
+    stale = true;
+    later();
   };
   const watch = () => {
     for (const widget of node.widgets ?? []) {

@@ -129,7 +129,7 @@ export function showChart(node, blocks) {
   const legend = element("div", "modelopt-legend");
   legend.append(
     element("span", "", "bits by block, first to last (lines: 4, 8, 12, 16)"),
-    element("span", "", `${(total / weights).toFixed(1)} bits, ${total.toFixed(1)} MB`),
+    element("span", "", `all: ${(total / weights).toFixed(1)} bits, ${total.toFixed(1)} MB`),
   );
   found.element.replaceChildren(bars, legend);
   grow(node, WIDTH);

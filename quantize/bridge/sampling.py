@@ -191,8 +191,8 @@ def _run(model: Any, recorder: Recorder, latent: dict[str, Any], **facts: Any) -
         if not bool(torch.isfinite(record.x).all()):
             raise ValueError(
                 "a calibration needs finite UNet inputs, got NaN or infinity at UNet call "
-                f"{record.index + 1} of {recorder.calls}: the model breaks down with these "
-                "settings, try another precision, sampler or cfg"
+                f"{record.index + 1} of {recorder.calls}: the checkpoint is damaged, or breaks down "
+                "with these settings; try another precision, sampler or cfg, or another copy of it"
             )
     height, width = latent["samples"].shape[-2:]
     pixels = model.model.latent_format.spacial_downscale_ratio

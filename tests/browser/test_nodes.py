@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from comfyui_modelopt.nodes import NODES, routes
@@ -113,6 +114,29 @@ def test_the_verdict_follows_the_choice(page):
     page.set_widget(node, "fp8", False)
     page.set_widget(node, "int8_weights", False)
     expect_chips(page, node, words(["int8", "int4"]))
+
+
+def test_r_asks_again(page, server):
+    """Files come and go; whoever has one no more keeps how it was made."""
+    folder = server.models / "diffusion_models"
+    whole = folder / "sd15_fp8_00001_.safetensors"
+    path = folder / "comes_and_goes.safetensors"
+    node = page.add_by_search("Load Quantized UNet (ModelOpt)")
+    page.set_widget(node, "unet_name", path.name)
+    expect_chips(page, node, ["cannot be read"])
+    refresh = "() => app.refreshComboInNodes()"  # what the key R does
+    try:
+        shutil.copyfile(whole, path)
+        page.run(refresh)
+        expect_chips(page, node, ["fp8", "linear + conv", f"{path.stat().st_size / 1e6:.1f} MB"])
+        made_by = page.widgets(node)["made_by"]
+        assert made_by.startswith("sd15.safetensors: fp8")
+        path.write_bytes(whole.read_bytes()[:1000])
+        page.run(refresh)
+        expect_chips(page, node, ["cannot be read"])
+        assert page.widgets(node)["made_by"] == made_by
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def test_the_badge_tells_a_file_before_it_is_loaded(page, server):
