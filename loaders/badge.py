@@ -42,7 +42,7 @@ def _foreign(path: str) -> dict[str, str]:
 
 def of_formats(asked: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
     """Chips that say how this device runs layers of these (format, kind)."""
-    # the page asks while nothing runs: no kernels are compiled for it
+    # the page asks at any time, during a run too: no kernels are compiled for it
     return badge.verdicts(asked, device.current(kinds=()))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from ..formats import FORMATS
 from ..formats.checkpoint import PER_TOKEN, SIXTEEN_BITS, STATIC, Layer
@@ -23,6 +24,7 @@ from . import native, simulation
 from .eight_bit import KINDS, EightBit
 
 AUTO, INTEGER, FAKE, LIBRARY = "auto", "integer", "fake", "library"
+DEQUANTIZED, WEIGHT_ONLY = "dequantized", "weight-only"
 LEFT_OUT = dict.fromkeys(("int8", "fp8"), "left out, as asked")
 
 
@@ -33,7 +35,7 @@ class Kernel:
     level: "native", "emulated" (low-precision arithmetic, computed exactly with wider numbers),
     "dequantized" (weights in 16 or 32 bits), "weight-only" (so by the format's definition) or
     "simulated" (ModelOpt's own, to verify). `why` is shown to the user. run(x, input_scale, weight,
-    bias, *geometry) with the weight as a QuantizedTensor; None where weights are dequantized.
+    bias, *geometry) with the weight as a QuantizedTensor; None where it must come in floating point.
     eight_bit: the two halves of `run`, where it has them (see fused.py).
     """
 
@@ -46,7 +48,7 @@ class Kernel:
     @property
     def dequantizes(self) -> bool:
         """Weights are used in floating point."""
-        return self.run is None
+        return self.level in (DEQUANTIZED, WEIGHT_ONLY)
 
 
 def _int8_linear(x, input_scale, weight, bias):
@@ -67,6 +69,13 @@ def _w4a8(function, x, input_scale, weight, bias, *geometry):
     stored = weight.layout_cls.stored(weight._qdata, weight._params)
     values, scale = FORMATS["w4a8"].to_fp8(stored, weight._params.orig_shape)
     return function(x, input_scale, values, scale, bias, *geometry)
+
+
+def _smoothed_in_floating_point(x, input_scale, weight, bias):
+    """x, smoothed, times the weight in the smoothed basis, as stock ComfyUI does: in the original
+    basis the products would be rounded otherwise."""
+    plain = weight.layout_cls.plain(weight._qdata, weight._params)
+    return F.linear(x, plain.to(weight._params.orig_dtype).to(x.dtype), bias)
 
 
 def _blocks(function, quantize, x, input_scale, weight, bias, *geometry):
@@ -142,7 +151,7 @@ def _measured(layer: Layer, gpu: GPU, shape, ways: dict[str, Kernel]) -> Kernel 
     if found is None:
         return None
     if found.way == choices.DEQUANTIZED:
-        return Kernel(f"{layer.format} {layer.kind}: dequantized", "dequantized", found.why)
+        return Kernel(f"{layer.format} {layer.kind}: dequantized", DEQUANTIZED, found.why)
     return dataclasses.replace(ways[found.way], why=found.why)
 
 
@@ -162,7 +171,7 @@ def _usual(
     if found.level == REFUSED:
         raise ValueError(f"{found.why}: load the file on another device or quantize to int8")
     if layer.weight_only:
-        return Kernel(f"{what}: weights in {FORMATS[layer.format].BITS} bits", "weight-only", "")
+        return Kernel(f"{what}: weights in {FORMATS[layer.format].BITS} bits", WEIGHT_ONLY, "")
     if arithmetic == FAKE and key in simulation.SIMULATED:
         run = simulation.of(layer)
         return Kernel(f"{what}: ModelOpt's simulation", "simulated", found.why, run)
@@ -170,18 +179,19 @@ def _usual(
     if own is not None:
         return own
     reason = native.why_not(layer.format, shape, dtype)
+    as_stock_does = _smoothed_in_floating_point if as_stock and layer.smoothed else None
     if found.level == NATIVE and layer.format == "int8" and layer.activations == STATIC:
         why = "comfy-kitchen's INT8 scales activations per token only"
         return Kernel(f"{what}: exact reference", EMULATED, why, REFERENCE[key])
     if found.level == NATIVE and key in NATIVE_KERNELS and reason is not None:
-        return Kernel(f"{what}: dequantized", "dequantized", reason)
+        return Kernel(f"{what}: dequantized", DEQUANTIZED, reason, as_stock_does)
     if found.level == NATIVE and key in NATIVE_KERNELS:
         return Kernel(f"{what}: comfy-kitchen", NATIVE, found.why, NATIVE_KERNELS[key])
     if arithmetic in (AUTO, LIBRARY) and _dequantizes(layer, gpu, as_stock):
         why = found.why
         if gpu.capability is None:
             why += "; stock ComfyUI computes this file the same way"
-        return Kernel(f"{what}: dequantized", "dequantized", why)
+        return Kernel(f"{what}: dequantized", DEQUANTIZED, why, as_stock_does)
     return Kernel(f"{what}: exact reference", EMULATED, found.why, REFERENCE[key])
 
 

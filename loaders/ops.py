@@ -132,7 +132,7 @@ class QuantizedOp:
 
     def _needs_float_weight(self, input: torch.Tensor) -> bool:
         return (
-            self.kernel.dequantizes
+            self.kernel.run is None
             or len(self.weight_function) > 0
             or len(self.bias_function) > 0
             or getattr(self, "comfy_force_cast_weights", False)

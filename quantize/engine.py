@@ -105,7 +105,7 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
             _check_finite(unet, plans, step)
             if modelopt.searches(plans):
                 search = f"{modelopt.searches(plans)}'s search"
-                bridge.check_resident(unet, device, search, "choose max, mse or smoothquant")
+                bridge.check_resident(unet, device, search, "choose the algorithm max")
             detail(f"The original: {len(chosen)} UNet calls")
             references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
             _check_outputs(references)
@@ -220,7 +220,7 @@ def _check_outputs(references: list[torch.Tensor]) -> None:
                 "the UNet must give finite numbers on the recorded calls, it gives NaN or infinity "
                 f"on call {number} of the {len(references)} looked at: try another precision "
                 "(--force-fp32 or bf16), or record with other settings; if KSampler alone gives a "
-                "black picture with them too, get another copy of the checkpoint"
+                "black picture whatever the settings, get another copy of the checkpoint"
             )
 
 

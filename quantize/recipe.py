@@ -14,9 +14,9 @@ from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
 AWQ_LITE, AWQ_FULL, SVDQUANT = "awq_lite", "awq_full", "svdquant"
-# format -> its algorithms, the default first: the one that benchmarks/results measures best among
-# those of its size. int8's is not: it is the one whose `linear only` files stock ComfyUI opens,
-# although smoothquant measures better
+# format -> its algorithms, the default first: on learned weights (benchmarks/results/quality_sd15.md)
+# no other whose file is as small is better in PSNR or SQNR without being worse in the other. But for
+# int8's, whose `linear only` files stock ComfyUI opens: smoothquant measures better
 ALGORITHMS = {
     "fp8": (MSE, MAX),
     "int8": (MAX, SMOOTHQUANT, PERCENTILE, MSE),

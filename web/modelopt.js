@@ -46,7 +46,7 @@ app.registerExtension({
     nodeType.prototype.onExecuted = function (message) {
       onExecuted?.apply(this, arguments);
       output(this, message);
-      this.modeloptAskAgain?.(); // a file that could not be read before
+      this.modeloptAskAgain?.(); // it runs, or could be read, now as it did not before
     };
   },
   // R was pressed: files may have come or gone

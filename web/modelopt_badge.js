@@ -63,18 +63,20 @@ export function followWidgets(node, id) {
   let timer;
   let shown;
   let stale = false; // the answer may be another by now
-  let opened; // what the workflow came with: its file need not be there
+  let latest = 0; // number of the last question: an older one's answer comes too late
+  const makers = new Map(); // file -> how it was made, for whoever has it not
   const refresh = async () => {
     watch(); // a chosen format brings widgets of its own
     const asked = query(ASKED[id](node));
     if (asked === shown && !stale) return;
-    const same = opened && opened.file === value(node, "unet_name"); // other nodes have no file
-    const known = asked === shown ? value(node, "made_by") : same ? opened.text : "";
     stale = false;
     shown = asked;
+    const turn = ++latest;
+    const file = value(node, "unet_name"); // other nodes have none
     const found = await ask(asked);
-    if (asked !== shown) return;
-    keepMadeBy(node, found.made_by || known);
+    if (turn !== latest) return;
+    if (found.made_by !== undefined) makers.set(file, found.made_by);
+    keepMadeBy(node, makers.get(file) ?? "");
     showChips(node, found.chips);
   };
   const later = () => {
@@ -100,7 +102,7 @@ export function followWidgets(node, id) {
   const onConfigure = node.onConfigure;
   node.onConfigure = function () {
     onConfigure?.apply(this, arguments);
-    opened = { file: value(node, "unet_name"), text: value(node, "made_by") };
+    makers.set(value(node, "unet_name"), value(node, "made_by"));
     later();
   };
   watch();

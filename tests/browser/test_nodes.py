@@ -6,8 +6,10 @@ import json
 import shutil
 
 import pytest
+import torch
 from comfyui_modelopt.nodes import NODES, routes
 from comfyui_modelopt.quantize.recipe import ALGORITHMS
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.e2e
 SCHEMAS = {node.define_schema().node_id: node.define_schema() for node in NODES}
@@ -135,6 +137,11 @@ def test_r_asks_again(page, server):
         page.run(refresh)
         expect_chips(page, node, ["cannot be read"])
         assert page.widgets(node)["made_by"] == made_by
+        save_file({"a": torch.ones(1)}, path)
+        page.run(refresh)
+        expect_chips(page, node, ["not quantized"])
+        page.settle()
+        assert page.widgets(node)["made_by"] == "", "it is another file by now"
     finally:
         path.unlink(missing_ok=True)
 

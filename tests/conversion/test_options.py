@@ -90,10 +90,12 @@ def test_every_recipe_has_a_name_of_its_own(order, name):
 def test_prompts_are_sampled_only_where_recordings_are_needed(order):
     for name, needed in (("mxfp8", True), ("int4", True), ("fp8", True)):
         assert bool(order("--format", name).prompts) == needed, name
+    assert order("--format", "nvfp4", "--layers", "linear only").prompts
     for flags in (
         ("--format", "mxfp8", "--layers", "linear only"),
         ("--format", "int8", "--layers", "linear only"),
         ("--format", "int4", "--algorithm", "max"),
+        ("--format", "nvfp4", "--algorithm", "max", "--layers", "linear only"),
         ("--weights", "e5m2"),
     ):
         assert order(*flags).prompts == (), flags

@@ -1,4 +1,4 @@
-"""A FLUX model in real servers: recorded and quantized with the nodes' defaults, saved, reloaded in a
+"""A FLUX model in real servers: recorded, quantized with `max`, saved, reloaded in a
 second server, and opened in a third without the pack."""
 
 import pytest

@@ -73,15 +73,25 @@ def test_mto_restore_gives_the_same_unet(quantized, tmp_path, name):
         ), name
 
 
-@pytest.mark.parametrize("form", ["nvfp4", "mxfp8"])
-def test_formats_that_modelopt_runs_on_gpus_only(quantized, tmp_path, form):
-    """Their weights, read back, are the same to the last bit."""
-    checkpoint = quantized(Recipe(form, layers="linear only")).checkpoint
+@pytest.mark.parametrize(
+    ("form", "algorithm"), [("nvfp4", "max"), ("nvfp4", "awq_lite"), ("mxfp8", "max")]
+)
+def test_formats_that_modelopt_runs_on_gpus_only(quantized, tmp_path, form, algorithm):
+    """Their weights and smoothing scales, read back, are the same to the last bit."""
+    checkpoint = quantized(Recipe(form, algorithm, layers="linear only")).checkpoint
     _, notes = written(checkpoint, tmp_path / "x.pt")
     assert notes == []
     again = foreign.read(tmp_path / "x.pt")
     for name, layer in checkpoint.layers.items():
         assert again.layers[name].format == layer.format
+        assert (
+            again.layers[name].smoothed
+            == layer.smoothed
+            == (algorithm == "awq_lite" and layer.format == form)
+        )
+        if layer.smoothed:
+            scales = [one.tensors[f"{name}.pre_quant_scale"].float() for one in (again, checkpoint)]
+            assert torch.equal(*scales), name
         weights = []
         for one in (again, checkpoint):
             own = {key: one.tensors[f"{name}.{key}"] for key in ("weight", *layer.scales)}

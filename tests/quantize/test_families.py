@@ -79,7 +79,7 @@ CASES = [
         ("int4", "max"),
         ("w4a8", "max"),
     )
-] + [("qwen_image", "fp8", "max"), ("qwen_image", "nvfp4", "max")]
+] + [("flux", "nvfp4", "awq_lite"), ("qwen_image", "fp8", "max"), ("qwen_image", "nvfp4", "max")]
 
 
 @pytest.mark.parametrize(("kind", "form", "algorithm"), CASES)
