@@ -20,6 +20,7 @@ RECIPES = {
     "fp8": Recipe("fp8"),
     "fp8-e5m2": Recipe("fp8_e5m2"),
     "mxfp8": Recipe("mxfp8"),
+    "nvfp4-stock": Recipe("nvfp4", layers="linear only"),
     "nvfp4-svdquant": Recipe("nvfp4", "svdquant", rank=4),
     "int4": Recipe("int4", "awq_lite"),
     "w4a8": Recipe("w4a8", "max"),
