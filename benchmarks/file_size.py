@@ -4,8 +4,7 @@
 table; `--variants awq svdquant` measures those only, and keeps the other rows. The weights are random (shapes and bytes are those of the real architectures); quantizing
 replays real UNet calls of a very small picture. Memory is the process's resident set, sampled,
 from after the plan was made (which imports ModelOpt) on. With glibc the heap is told to give back what
-is freed (NO_HEAP): else it hides what is needed by reusing what planning left, or holds on to pieces.
-Rows of older runs without that are marked in the table.
+is freed (NO_HEAP), so that the resident set is what is in use. Rows of runs without that are marked.
 """
 
 from __future__ import annotations
@@ -213,16 +212,17 @@ HEAD = (
 
 EARLIER = r" \*"
 FOOT = (
-    rf"{EARLIER.strip()} measured earlier, with the C library's ordinary heap. Seconds are of a machine that did "
-    "other work too: they cannot be compared."
+    rf"{EARLIER.strip()} measured earlier, with the C library's ordinary heap. Seconds are wall time: "
+    "what else the machine did counts."
 )
 
 
 def _line(row: dict) -> str:
     bits = ", ".join(f"{name} {value:.3f}" for name, value in row["bits"].items())
     return (
-        f"| {row['family']} | {row['variant']}{'' if 'heap' in row else EARLIER} | {bits} | {row['bytes_before'] / 1e9:.3f} GB "
-        f"| {row['bytes_after'] / 1e9:.3f} GB | {row['ratio']:.3f} "
+        f"| {row['family']} | {row['variant']}{'' if 'heap' in row else EARLIER} | {bits} "
+        f"| {row['bytes_before'] / 1e9:.3f} GB | {row['bytes_after'] / 1e9:.3f} GB "
+        f"| {row['ratio']:.3f} "
         f"| {row['extra_over_16bit']:.2f} | {row['load_over_file']:.2f} "
         f"| {row['seconds']:.0f} | {row['load_seconds']:.1f} {_planned(row)}|"
     )
