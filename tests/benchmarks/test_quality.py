@@ -159,7 +159,12 @@ def test_page_sets_every_recipe_beside_its_default():
     assert worse["psnr"]["db"] == pytest.approx(-10 * math.log10(2))
     assert (best["verdict"], best["lost"], best["won"]) == ("better", 0, 19)
     assert best["psnr"]["db"] == pytest.approx(10) == best["sqnr"]["db"]
-    assert best["costs"] == ["10 % larger", "not for stock ComfyUI", "smoothing at every call"]
+    assert best["costs"] == [
+        "10 % larger",
+        "not for stock ComfyUI",
+        "smoothing at every call",
+        "attention's q, k and v not fused",
+    ]
     assert (mixed["verdict"], mixed["costs"]) == ("mixed", [])
     text = "\n".join(page._default_lines(rows))
     assert "at no cost: none. Better at a cost: int8 smoothquant (linear + conv). " in text
