@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 BASE = ROOT / ".comfyui" / "demo"
 DAY = 24 * 3600
+SDXL_SIDE = 1024
+# keys of the two text encoders of SDXL's checkpoints, as Stability AI published them
+SDXL_ENCODERS = ("conditioner.embedders.0.", "conditioner.embedders.1.")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Demo:
         if self.synthetic:
             self._make_checkpoint()
         arguments = ["--extra-model-paths-config", str(self._model_paths())]
-        quantize, generate = load_workflow("quantize_sd15.json"), load_workflow("generate.json")
+        quantize, generate = workflows_for(self.checkpoint)
         self._fit(quantize)
         self._fit(generate)
 
@@ -243,6 +246,27 @@ def describe(server: ComfyServer) -> str:
         device = f"CPU, {os.cpu_count()} threads"
     torch, comfyui = system["pytorch_version"], system["comfyui_version"]
     return f"{device}, torch {torch}, ComfyUI {comfyui}"
+
+
+def is_sdxl(checkpoint: Path) -> bool:
+    """Whether a checkpoint is SDXL's, from its keys: False for a .ckpt, whose keys are in a pickle."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            keys = file.keys()
+    except SafetensorError:
+        return False
+    return all(any(key.startswith(part) for key in keys) for part in SDXL_ENCODERS)
+
+
+def workflows_for(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The workflows that quantize a checkpoint and load the file, at the size of its family."""
+    sdxl = is_sdxl(checkpoint)
+    generate = load_workflow("generate.json")
+    if sdxl:
+        one(generate, "EmptyLatentImage").update(width=SDXL_SIDE, height=SDXL_SIDE)
+    return load_workflow("quantize_sdxl.json" if sdxl else "quantize_sd15.json"), generate
 
 
 def free_name(path: Path) -> Path:

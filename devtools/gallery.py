@@ -47,7 +47,8 @@ NOTES = {
 2. **Calibration from Prompts**: put in prompts as you use them, one a line, and the size that you
 generate at. It samples them once and records what the UNet sees.
 3. **Quantize UNet**: `format` decides size and speed; the coloured word on the node says how your
-GPU runs it. `linear + conv` makes the smallest file, `linear only` one that opens without this pack.
+GPU runs it. `linear + conv` makes the smallest file, `linear only` with `fp8`, `int8`, `mxfp8` or
+`nvfp4` one that opens without this pack (the report says so).
 4. **Run**. The report on the node says what it cost. The file lies in `models/diffusion_models`.
 
 Then open the workflow *generate*.""",
@@ -106,8 +107,10 @@ seed: drag the slider (which needs Nodes 2.0: ComfyUI's menu), or look at them s
 The same checkpoint in three formats, on the same recording, with pictures of the same seed.
 
 1. Choose your checkpoint; put in your own prompts.
-2. **Run**. Each Compare node tells the SQNR and names the worst layers; drag the sliders to see the
-pictures (they need Nodes 2.0: ComfyUI's menu), or look at them side by side.
+2. **Run**. Each Compare node tells the SQNR and names the worst layers. It replays what the formats were
+calibrated on, which flatters all three alike (*compare_file* records another prompt); the pictures are of a
+prompt that they were not calibrated on. Drag the sliders to see them (they need Nodes 2.0: ComfyUI's
+menu), or look at them side by side.
 3. The coloured words on the Quantize nodes say what your GPU computes natively: a format that is only
 emulated here saves memory, not time.
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from comfyui_modelopt.devtools import comfyui as comfy
 from comfyui_modelopt.devtools import common, demo, setup, workflows
 from comfyui_modelopt.devtools.common import ROOT, UserError
 from comfyui_modelopt.devtools.server import ComfyServer, PromptRejected, ServerDied
+from safetensors.torch import save_file
 
 
 def make_comfyui(folder: Path, version: str = comfy.VERSION) -> Path:
@@ -404,6 +406,23 @@ def test_demo_refuses_other_suffixes(tmp_path: Path):
         demo.check_options(demo_args(checkpoint=tmp_path / "x.bin"))
     with pytest.raises(UserError, match="must end in"):
         demo.check_options(demo_args(out=tmp_path / "x.bin"))
+
+
+def test_demo_samples_sdxl_at_its_own_size(checkpoints, tmp_path):
+    names = ["conditioner.embedders.0.transformer.text_model", "conditioner.embedders.1.model"]
+    sdxl = tmp_path / "sdxl.safetensors"
+    save_file({f"{name}.final_layer_norm.bias": torch.zeros(2) for name in names}, sdxl)
+    for checkpoint, side in ((checkpoints / "sd15.safetensors", 512), (sdxl, 1024)):
+        for workflow in demo.workflows_for(checkpoint):
+            for name in ("width", "height"):
+                found = {x["inputs"][name] for x in workflow.values() if name in x["inputs"]}
+                assert found == {side}
+
+
+def test_demo_takes_a_pickle_for_sd15(tmp_path: Path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"PK\x03\x04 not a safetensors file")
+    assert not demo.is_sdxl(path)
 
 
 def test_defaults_of_a_nested_combo():
