@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -18,6 +18,7 @@ import torch
 from comfy.samplers import KSampler
 from safetensors import SafetensorError, safe_open
 
+from ..formats.files import COMFY_HEADER, HEADER
 from ..utils import out_of_memory
 from ..utils.text import brief
 from ..utils.unreadable import raise_unless_damage
@@ -41,8 +42,8 @@ def load(file: Path, with_clip: bool):
     CLIP is None where it is not asked for or not there. Raises ValueError."""
     try:
         if file.suffix.lower() in (".safetensors", ".sft"):
-            with safe_open(file, framework="pt"):  # its errors, before ComfyUI's reading of them
-                pass
+            with safe_open(file, framework="pt") as opened:  # its errors, before ComfyUI's of them
+                _check_not_quantized(file, opened.metadata() or {}, opened.keys())
         model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
             str(file),
             output_vae=False,
@@ -68,6 +69,16 @@ def load(file: Path, with_clip: bool):
             "and give that with --calibration"
         )
     return model, clip
+
+
+def _check_not_quantized(file: Path, metadata: Mapping[str, str], keys: Iterable[str]) -> None:
+    """By the marks of ComfyUI's quantized files and of ours: ComfyUI may not know such a file, or may
+    load it as another kind."""
+    marked = COMFY_HEADER in metadata or HEADER in metadata
+    if marked or any(key.endswith(".comfy_quant") for key in keys):
+        raise ValueError(
+            f"a checkpoint must be in 16 or 32 bits, {file} is already quantized: name the original"
+        )
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:

@@ -28,15 +28,19 @@ FILES = {
 }
 NOTE = (420, 17)  # width of a note, height of its lines, pixels
 # what nodes grow by once they have run, pixels: the report, the bars of the blocks, Compare's chart
-REPORT, BARS, CHART = 320, 110, 600
+REPORT, BARS, CHART, LINES = 320, 110, 600, 130
 ROOM = {
     "ModelOptAutoQuantize": REPORT + BARS,
+    "ModelOptCalibrationPrompts": LINES,
     "ModelOptCompare": REPORT + CHART,
     "ModelOptImport": REPORT + BARS,
     "ModelOptLoadUNet": REPORT + BARS,
     "ModelOptModelInfo": REPORT + BARS,
     "ModelOptPlan": REPORT,
     "ModelOptQuantize": REPORT + BARS,
+    "ModelOptRecordCalibration": LINES,
+    "ModelOptSaveCalibration": LINES,
+    "ModelOptSaveUNet": LINES,
 }
 WIDE = 460  # pixels across of a node with a report
 

@@ -10,13 +10,18 @@ from ..formats import FORMATS
 from ..loaders import badge
 from ..quantize.candidates import CANDIDATES
 from ..quantize.layers import LINEAR_ONLY
+from ..utils import badge as words
+from ..utils import packages
 from . import folders
 
 PATH = "/modelopt/badge"
 
 
 def formats_of(names: list[str], layers: str) -> list[dict[str, str]]:
-    """Chips of formats as Quantize and Auto Quantize name them. Unknown names get none."""
+    """Chips of formats as Quantize and Auto Quantize name them. Unknown names get none. Without
+    ModelOpt there is one chip, which says so."""
+    if missing := packages.why_missing(packages.MODELOPT):
+        return [words.chip("ModelOpt is not installed", words.BAD, missing)]
     kinds = ["linear"] if layers == LINEAR_ONLY else ["linear", "conv2d"]
     chips: list[dict[str, str]] = []
     for name in names:

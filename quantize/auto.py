@@ -78,6 +78,9 @@ def auto_quantize(
     InterruptProcessingException on cancel.
     """
     names, recipes = candidates.candidates(model, formats, layers, skip)
+    if sized := candidates.unmeasured(model, names, recipes):
+        space = Space(model, names, sized, sixteen)
+        _Search(model, calibration, space, goal, [], load, tell).check()  # before all the work
     measured = candidates.measure(model, calibration, names, recipes, load, tell)
     space = Space(model, names, measured, sixteen)
     sizes = [space.file_size(space.uniform(i, goal), calibration) for i in range(len(measured))]
@@ -146,35 +149,43 @@ class _Search:
             return found
         return self.uniform(best, f"the mix measured {found.measured:.2f} dB")
 
+    def check(self) -> None:
+        """Raises ValueError where the smallest mix is over the budget. That follows from shapes."""
+        space, goal = self.space, self.goal
+        if goal.kind == BITS:
+            least = 8 * assign.total(space.options, space.smallest()).size / space.weights
+            if least > goal.value:
+                raise ValueError(
+                    f"{goal.value:g} bits a weight cannot be reached, the allowed formats need "
+                    f"{least:.3f} or more: raise it or allow a smaller format"
+                )
+        if goal.kind == SIZE:
+            least, _ = self.beside(space.smallest())
+            if least > goal.value:
+                raise ValueError(
+                    f"a file of {goal.value / 1e6:.2f} MB cannot be reached, the allowed formats need "
+                    f"{least / 1e6:.2f} MB or more: raise it or allow a smaller format"
+                )
+
+    def beside(self, chosen: list[int]) -> tuple[int, float]:
+        """The file's size, and what of it is not in the layers: the header names the choice."""
+        size = self.space.file_size(self.space.recipe(chosen, self.goal), self.calibration)
+        return size, size - assign.total(self.space.options, chosen).size
+
     def within_bits(self) -> list[int]:
         space, goal = self.space, self.goal
+        self.check()  # again: layers that no call reaches stay in 16 bits
         chosen = assign.least_noise(space.options, goal.value * space.weights / 8)
-        if chosen is None:
-            least = 8 * assign.total(space.options, space.smallest()).size / space.weights
-            raise ValueError(
-                f"{goal.value:g} bits a weight cannot be reached, the allowed formats need "
-                f"{least:.3f} or more: raise it or allow a smaller format"
-            )
-        return chosen
+        return space.smallest() if chosen is None else chosen
 
     def within_size(self) -> list[int]:
         space, goal = self.space, self.goal
+        self.check()
         smallest = space.smallest()
-
-        def beside(chosen: list[int]) -> tuple[int, float]:
-            """The file's size, and what of it is not in the layers: the header names the choice."""
-            size = space.file_size(space.recipe(chosen, goal), self.calibration)
-            return size, size - assign.total(space.options, chosen).size
-
-        least, rest = beside(smallest)
-        if least > goal.value:
-            raise ValueError(
-                f"a file of {goal.value / 1e6:.2f} MB cannot be reached, the allowed formats need "
-                f"{least / 1e6:.2f} MB or more: raise it or allow a smaller format"
-            )
+        _, rest = self.beside(smallest)
         allowed = goal.value - rest
         while (chosen := assign.least_noise(space.options, allowed)) is not None:
-            size, _ = beside(chosen)
+            size, _ = self.beside(chosen)
             if size <= goal.value:
                 return chosen
             allowed -= size - goal.value

@@ -100,6 +100,12 @@ def _fitting(model, recipe: Recipe, names: Mapping[str, str]) -> list[str]:
     ]
 
 
+def unmeasured(model, names: Mapping[str, str], recipes: list[Recipe]) -> list[Measured]:
+    """The recipes that fit a layer, with the layers that they fit: enough to know sizes by."""
+    fitting = [(recipe, _fitting(model, recipe, names)) for recipe in recipes]
+    return [Measured(one, dict.fromkeys(fits, 0.0), 1.0, 0.0) for one, fits in fitting if fits]
+
+
 def measure(model, calibration, names, recipes: list[Recipe], load, tell) -> list[Measured]:
     """Costs and quality of every candidate; of those that are known already, as they are known."""
     cache = _known.setdefault(calibration, {})

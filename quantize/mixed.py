@@ -75,6 +75,8 @@ def write(recipe: Mixed) -> str:
 
 def read(text: str, where: str = "the recipe") -> Mixed:
     """JSON text of `write` -> the recipe. Raises ValueError for anything else."""
+    if not text.strip():
+        raise ValueError(f"a recipe must be JSON, {where} is empty: {REMEDY}")
     try:
         given = read_json(text)
     except ValueError as error:

@@ -71,7 +71,7 @@ def kept_line(planned: tuple[int, int], made: tuple[int, int]) -> str:
     """The same in the report afterwards, beside what it came to. Bytes of the file and held."""
     line = size_line(*planned)
     if planned == made:
-        return f"{line}: so it is."
+        return f"{line}: it came out as planned."
     return f"{line}; it is {made[0]:,} bytes and {megabytes(made[1])}."
 
 

@@ -80,7 +80,8 @@ def calibration_line(summary: Mapping[str, object] | None) -> str:
     if not summary:
         return "Calibration: none"
     sizes = ", ".join(summary.get("resolutions", []))
-    return f"Calibration: {summary['records']} UNet calls of {summary['runs']} runs at {sizes}"
+    runs = f"{summary['runs']} run{'' if summary['runs'] == 1 else 's'}"
+    return f"Calibration: {summary['records']} UNet calls of {runs} at {sizes}"
 
 
 def kernel_lines(kernels: Iterable[object]) -> list[str]:

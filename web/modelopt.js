@@ -2,7 +2,9 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { askAgain, followWidgets, hasBadge } from "./modelopt_badge.js";
-import { endProgress, grow, makeRoom, showChart, showReport, WIDTH } from "./modelopt_widgets.js";
+import {
+  endProgress, grow, makeRoom, markEarlier, showChart, showReport, WIDTH,
+} from "./modelopt_widgets.js";
 
 const PREFIX = "ModelOpt";
 
@@ -37,9 +39,21 @@ function recall(node, tries = 10) {
   else if (tries && node.graph) setTimeout(recall, 100, node, tries - 1);
 }
 
+/** A node that failed shows what an earlier run gave, and a line of progress that is over. */
+function failed({ detail }) {
+  const node = app.graph?.getNodeById(detail?.node_id);
+  if (!node?.comfyClass?.startsWith(PREFIX)) return;
+  endProgress(node);
+  markEarlier(node);
+}
+
 app.registerExtension({
   name: "ModelOpt",
-  init: addStyle,
+  init() {
+    addStyle();
+    api.addEventListener("execution_error", failed);
+    api.addEventListener("execution_interrupted", failed);
+  },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith(PREFIX)) return;
     const onExecuted = nodeType.prototype.onExecuted;

@@ -1,6 +1,6 @@
 // Asks the server how the file or the formats chosen on a node would run here, and shows it.
 import { api } from "../../scripts/api.js";
-import { addChips, showChips } from "./modelopt_widgets.js";
+import { addChips, markEarlier, showChips } from "./modelopt_widgets.js";
 
 const DELAY = 150; // ms: a format's options come a moment after the format
 
@@ -59,7 +59,7 @@ export function askAgain(root) {
 /** Keeps the chips of a node in step with its widgets. */
 export function followWidgets(node, id) {
   addChips(node);
-  const known = new WeakSet();
+  const known = new WeakMap(); // widget -> the value last seen
   let timer;
   let shown;
   let stale = false; // the answer may be another by now
@@ -90,10 +90,12 @@ export function followWidgets(node, id) {
   const watch = () => {
     for (const widget of node.widgets ?? []) {
       if (known.has(widget) || widget.name.startsWith("modelopt_")) continue;
-      known.add(widget);
+      known.set(widget, widget.value);
       const callback = widget.callback;
       widget.callback = function () {
         const answer = callback?.apply(this, arguments);
+        if (known.get(widget) !== widget.value) markEarlier(node);
+        known.set(widget, widget.value);
         later();
         return answer;
       };
@@ -103,6 +105,7 @@ export function followWidgets(node, id) {
   node.onConfigure = function () {
     onConfigure?.apply(this, arguments);
     makers.set(value(node, "unet_name"), value(node, "made_by"));
+    for (const widget of node.widgets ?? []) if (known.has(widget)) known.set(widget, widget.value);
     later();
   };
   watch();

@@ -1,6 +1,7 @@
 // What the pack puts on nodes: chips, a report, a chart. All text goes in as text, never as HTML.
 
 const LINE = 16;
+const LETTER = 7.3;
 const MOST_LINES = 18;
 const CHART = 92;
 const CHIPS = 50; // two rows
@@ -89,6 +90,26 @@ export function showChips(node, chips) {
   );
 }
 
+/** Lines of a text as wide as a report is: fixed-width letters of 7.3 pixels. */
+function wrapped(text) {
+  const letters = Math.floor((WIDTH - 40) / LETTER);
+  return text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
+}
+
+/** Says of what the node shows of a run that it is not of what the node is set to now. */
+export function markEarlier(node) {
+  for (const name of ["modelopt_report", "modelopt_chart"]) {
+    const root = existing(node, name)?.element;
+    root?.classList.add("modelopt-earlier");
+    if (root) root.title = "of an earlier run";
+  }
+}
+
+function markNew(root) {
+  root.classList.remove("modelopt-earlier");
+  root.removeAttribute("title");
+}
+
 /** Read-only text that scrolls and can be copied. */
 export function showReport(node, text) {
   let found = existing(node, "modelopt_report");
@@ -96,13 +117,14 @@ export function showReport(node, text) {
     const root = element("textarea", "modelopt-report");
     root.readOnly = true;
     root.spellcheck = false;
-    const height = () => LINE * Math.min(root.value.split("\n").length, MOST_LINES) + 16;
+    const height = () => LINE * Math.min(wrapped(root.value), MOST_LINES) + 16;
     found = widget(node, "modelopt_report", root, {
       getMinHeight: height,
       getMaxHeight: () => (node.imgs?.length ? height() : 100_000), // what is left is the picture's
     });
   }
   found.element.value = text;
+  markNew(found.element);
   found.element.style.setProperty("--modelopt-height", `${found.options.getMinHeight()}px`);
   grow(node, WIDTH);
 }
@@ -132,5 +154,6 @@ export function showChart(node, blocks) {
     element("span", "", `all: ${(total / weights).toFixed(1)} bits, ${total.toFixed(1)} MB`),
   );
   found.element.replaceChildren(bars, legend);
+  markNew(found.element);
   grow(node, WIDTH);
 }

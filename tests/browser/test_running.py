@@ -11,6 +11,13 @@ RENDERERS = [CLASSIC, NODES_2]
 LINE = "$$node-text-preview"  # the page's own widget of progress
 SMALL = {"width": 64, "height": 64, "steps": 2, "max_records": 4}
 
+# of report and chart of a node, whether they are marked as an earlier run's
+EARLIER = """(id) => {
+  const { widgets } = app.graph.getNodeById(id);
+  return ["modelopt_report", "modelopt_chart"].map((name) =>
+    widgets.find((w) => w.name === name).element.classList.contains("modelopt-earlier"));
+}"""
+
 # of the picture that the page puts on a node, in the graph's own units; null where there is none yet
 SHOWN_PICTURE = """(id) => {
   const node = app.graph.getNodeById(id);
@@ -106,6 +113,29 @@ def test_quantize_by_clicks(page, server):
     keeps_its_report(page, quantize, report)
     # what was shown is neither saved with the workflow nor sent again
     assert "modelopt_" not in str(page.workflow()["nodes"])
+    says_what_is_of_an_earlier_run(page, quantize)
+
+
+def says_what_is_of_an_earlier_run(page, node: int) -> None:
+    """When the node is set to something else, and when it failed."""
+    assert page.run(EARLIER, node) == [False, False]
+    page.set_widget(node, "layers", "linear + conv")  # as it was
+    assert page.run(EARLIER, node) == [False, False]
+    page.set_widget(node, "layers", "linear only")
+    assert page.run(EARLIER, node) == [True, True]
+    page.run(
+        """(id) => {
+          const { widgets } = app.graph.getNodeById(id);
+          for (const { element } of widgets) element?.classList.remove("modelopt-earlier");
+          widgets.find((w) => w.name === "skip").value = "nothing.*";
+        }""",
+        node,
+    )
+    press_run(page)
+    page.wait_for(f"(id) => ({EARLIER})(id)[0]", node)
+    assert LINE not in page.widgets(node)
+    page.settle(1500)
+    page.problems.clear()  # the page logs the error
 
 
 def keeps_its_report(page, node: int, report: str) -> None:

@@ -379,6 +379,16 @@ def test_memory_that_runs_out_is_no_damaged_file(source, checkpoints, monkeypatc
         models.check_loras([lora])
 
 
+def test_a_quantized_file_is_not_quantized_again(made, recording, convert, tmp_path):
+    stock = tmp_path / "stock.safetensors"  # the marks of ComfyUI alone
+    files.save_safetensors(load_file(made / NAME), stock, {})
+    for file in (made / NAME, stock):
+        row = convert(file, "--calibration", recording, "--out", tmp_path / "out", status=1)
+        error = row[file.name]["error"]
+        assert "must be in 16 or 32 bits" in error and "is already quantized" in error
+        assert str(file) in error
+
+
 def test_prompts_need_a_text_encoder(source, convert, tmp_path):
     tensors = {k: x for k, x in load_file(source).items() if k.startswith("model.")}
     files.save_safetensors(tensors, tmp_path / "unet.safetensors", {})

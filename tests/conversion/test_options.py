@@ -162,7 +162,7 @@ REFUSED = {
         ["--lora", "empty.txt"],
         "a LoRA must be a whole file of weights, empty.txt is not (",
     ),
-    "no recipe": (["--recipe", "empty.txt"], "a recipe must be JSON, empty.txt is not"),
+    "no recipe": (["--recipe", "empty.txt"], "a recipe must be JSON, empty.txt is empty"),
     "a recipe twice": (["--recipe", "empty.txt", "--format", "fp8"], "got --format beside it"),
     "a suffix": (["--suffix", "../x"], "--suffix must be part of a file's name"),
     "a timeout": (["--claim-timeout", "0"], "--claim-timeout must be above 0"),

@@ -40,7 +40,7 @@ def test_plan_then_quantize(server):
         assert figures["seconds"] > 0 and figures["call_bytes"] > 0
         (report,) = result.outputs[quantizers[name]]["text"]
         assert report.startswith(f"Planned: a file of {size:,} bytes, ")
-        assert report.splitlines()[0].endswith("when loaded: so it is.")
+        assert report.splitlines()[0].endswith("when loaded: it came out as planned.")
         assert f"ModelOpt: Planned: a file of {size:,} bytes" in server.log
     (text,) = result.outputs[alone]["text"]
     assert "\nMind: this recipe needs recorded activations: connect a CALIBRATION." in text

@@ -91,3 +91,11 @@ def test_a_missing_file_is_refused_with_how_it_was_made():
     said = LoadUNet.validate_inputs(unet_name="gone.safetensors", made_by=made_by)
     assert "gone.safetensors" in said and made_by in said and "Quantize UNet" in said
     assert "made by" not in LoadUNet.validate_inputs(unet_name="gone.safetensors")
+
+
+def test_without_modelopt_no_format_is_promised(monkeypatch):
+    assert [chip["text"] for chip in routes.formats_of(["int4"], "")] == ["int4: memory only"]
+    monkeypatch.setattr(routes.packages.importlib.util, "find_spec", lambda _: None)
+    (chip,) = routes.formats_of(["fp8", "int4"], "linear + conv")
+    assert chip["text"] == "ModelOpt is not installed" and chip["tone"] == badge.BAD
+    assert "pip install" in chip["why"]

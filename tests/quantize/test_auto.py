@@ -233,6 +233,18 @@ def test_what_cannot_be_reached_is_said(search, goal, message):
         search(goal)
 
 
+@pytest.mark.parametrize("goal", [Goal("size", 1e6), Goal("bits", 2.0)])
+def test_what_shapes_cannot_reach_is_said_before_the_search(search, goal, monkeypatch):
+    def measure(*_):
+        raise AssertionError("it was searched")
+
+    monkeypatch.setattr(auto.candidates, "measure", measure)
+    with pytest.raises(ValueError, match="cannot be reached, the allowed formats need"):
+        search(goal)
+    with pytest.raises(AssertionError, match="it was searched"):
+        search(Goal("bits", 6.0))
+
+
 def test_no_format_allowed(search):
     with pytest.raises(ValueError, match="at least one format"):
         search(Goal("bits", 6.0), formats=[])

@@ -84,6 +84,7 @@ def damaged(**changes) -> str:
 
 
 DAMAGE = {
+    "empty": (" \n", "must be JSON, .* is empty"),
     "not JSON": ("{", "must be JSON"),
     "deep": ("[" * 100_000, "must be JSON"),
     "another file": ("{}", "of the kind"),

@@ -87,7 +87,7 @@ def test_what_is_not_known_is_said():
 
 def test_kept_or_not():
     assert plan_report.kept_line((10, 2_000_000), (10, 2_000_000)) == (
-        "Planned: a file of 10 bytes, 2.0 MB of weights when loaded: so it is."
+        "Planned: a file of 10 bytes, 2.0 MB of weights when loaded: it came out as planned."
     )
     assert plan_report.kept_line((10, 2_000_000), (12, 3_000_000)).endswith(
         "; it is 12 bytes and 3.0 MB."
