@@ -235,6 +235,7 @@ class Demo:
         if self.synthetic:
             say("  The checkpoint is synthetic (random weights): the picture is noise, and the")
             say("  figures show that it works, not what a real model gives. Use --checkpoint FILE.")
+        say("  In the browser: python dev.py serve")
 
 
 def describe(server: ComfyServer) -> str:

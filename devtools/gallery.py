@@ -52,7 +52,8 @@ NOTES = {
 generate at. It samples them once and records what the UNet sees.
 3. **Quantize UNet**: `format` decides size and speed; the coloured word on the node says how your
 GPU runs it. `linear + conv` makes the smallest file, `linear only` with `fp8`, `int8`, `mxfp8` or
-`nvfp4` one that opens without this pack (the report says so).
+`nvfp4` one that opens without this pack (the report says so). Another format? Change
+`filename_prefix` with it.
 4. **Run**. The report on the node says what it cost. The file lies in `models/diffusion_models`.
 
 Then open the workflow *generate*.""",
