@@ -27,8 +27,13 @@ GPU_MEMORY = "CUDA out of memory. Tried to allocate 5.00 MiB."
 PER_LINE = 3
 # folders of a clone that hold no code of the pack
 OTHERS = ("devtools", ".venv", ".comfyui")
-# ComfyUI's attention, which tries again with less memory
-TRIES_AGAIN = ("sub_quadratic_attention.py", "modules/attention.py")
+# what of ComfyUI tries again with less memory: file -> functions, none for all. Attention, and the VAE,
+# which then decodes in tiles
+TRIES_AGAIN = {
+    "sub_quadratic_attention.py": (),
+    "modules/attention.py": (),
+    "comfy/sd.py": ("decode", "encode"),
+}
 _tries_again = False
 
 
@@ -69,10 +74,13 @@ def out_of_memory(point: int) -> None:
     import torch
 
     global _tries_again
-    frame = sys._getframe()
-    while frame is not None and not frame.f_code.co_filename.endswith(TRIES_AGAIN):
-        frame = frame.f_back
-    _tries_again = frame is not None
+    frame, _tries_again = sys._getframe(), False
+    while frame is not None and not _tries_again:
+        code, frame = frame.f_code, frame.f_back
+        _tries_again = any(
+            code.co_filename.endswith(name) and (not functions or code.co_name in functions)
+            for name, functions in TRIES_AGAIN.items()
+        )
     if point % 2:
         raise torch.OutOfMemoryError(GPU_MEMORY)
     raise RuntimeError(CPU_MEMORY)
