@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import comfy.model_management
@@ -18,7 +18,8 @@ import torch
 from comfy.samplers import KSampler
 from safetensors import SafetensorError, safe_open
 
-from ..formats.files import COMFY_HEADER, HEADER
+from ..formats.files import HEADER
+from ..quantize.bridge.unet import quantized_parameter
 from ..utils import out_of_memory
 from ..utils.text import brief
 from ..utils.unreadable import raise_unless_damage
@@ -43,7 +44,9 @@ def load(file: Path, with_clip: bool):
     try:
         if file.suffix.lower() in (".safetensors", ".sft"):
             with safe_open(file, framework="pt") as opened:  # its errors, before ComfyUI's of them
-                _check_not_quantized(file, opened.metadata() or {}, opened.keys())
+                ours = HEADER in (opened.metadata() or {})
+            if ours:  # with layers of our own ComfyUI does not know it
+                raise _quantized(file)
         model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
             str(file),
             output_vae=False,
@@ -63,6 +66,8 @@ def load(file: Path, with_clip: bool):
             f"a checkpoint must hold a diffusion model that ComfyUI knows, {file} does not: name "
             "an SDXL or SD1.5 checkpoint"
         ) from error
+    if quantized_parameter(model) is not None:
+        raise _quantized(file)
     if with_clip and clip is None:
         raise ValueError(
             f"prompts need a text encoder, {file} has none: record a model of its kind in ComfyUI "
@@ -71,14 +76,10 @@ def load(file: Path, with_clip: bool):
     return model, clip
 
 
-def _check_not_quantized(file: Path, metadata: Mapping[str, str], keys: Iterable[str]) -> None:
-    """By the marks of ComfyUI's quantized files and of ours: ComfyUI may not know such a file, or may
-    load it as another kind."""
-    marked = COMFY_HEADER in metadata or HEADER in metadata
-    if marked or any(key.endswith(".comfy_quant") for key in keys):
-        raise ValueError(
-            f"a checkpoint must be in 16 or 32 bits, {file} is already quantized: name the original"
-        )
+def _quantized(file: Path) -> ValueError:
+    return ValueError(
+        f"a checkpoint must be in 16 or 32 bits, {file} is already quantized: name the original"
+    )
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:

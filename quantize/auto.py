@@ -13,7 +13,7 @@ from ..utils import out_of_memory
 from ..utils.progress import progress
 from ..utils.progress import tell as on_node
 from ..utils.report import megabytes
-from . import assign, candidates, engine, quality
+from . import assign, candidates, engine, modelopt, quality
 from .mixed import Mixed
 from .recipe import Recipe
 from .space import Space
@@ -77,6 +77,12 @@ def auto_quantize(
     (rule, value, where, remedy) where the goal cannot be met, and ComfyUI's
     InterruptProcessingException on cancel.
     """
+    from .bridge import sampling
+    from .bridge import unet as bridge
+
+    modelopt.require()
+    bridge.unet_of(model)
+    calibration.check_matches(sampling.signature(model))
     names, recipes = candidates.candidates(model, formats, layers, skip)
     if sized := candidates.unmeasured(model, names, recipes):
         space = Space(model, names, sized, sixteen)

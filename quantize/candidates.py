@@ -12,7 +12,7 @@ from ..formats import FORMATS
 from ..formats.checkpoint import PER_TOKEN, SIXTEEN
 from ..utils.progress import progress
 from ..utils.report import choice_words
-from . import engine, modelopt, quality, sensitivity
+from . import engine, quality, sensitivity
 from .layers import LINEAR_ONLY
 from .mixed import Mixed
 from .recipe import AWQ_LITE, MAX, MSE, SMOOTHQUANT, Recipe
@@ -133,11 +133,8 @@ def measure(model, calibration, names, recipes: list[Recipe], load, tell) -> lis
 
 
 def _listen(model, calibration, names: list[str]) -> tuple[dict, float]:
-    from .bridge import sampling
     from .bridge import unet as bridge
 
-    modelopt.require()
-    calibration.check_matches(sampling.signature(model))
     records = quality.pick(list(calibration), sensitivity.CALLS)
     try:
         with torch.inference_mode(False), torch.no_grad():

@@ -2,9 +2,8 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { askAgain, followWidgets, hasBadge } from "./modelopt_badge.js";
-import {
-  endProgress, grow, makeRoom, markEarlier, showChart, showReport, WIDTH,
-} from "./modelopt_widgets.js";
+import { failed, keepQueued, shows } from "./modelopt_earlier.js";
+import { endProgress, grow, makeRoom, showChart, showReport, WIDTH } from "./modelopt_widgets.js";
 
 const PREFIX = "ModelOpt";
 
@@ -15,11 +14,14 @@ function addStyle() {
   document.head.append(link);
 }
 
-function output(node, message) {
+/** fresh: of a run that ended now. */
+function output(node, message, fresh) {
   endProgress(node);
-  const text = message?.text;
-  if (text?.length) showReport(node, Array.isArray(text) ? text.join("") : String(text));
+  const found = message?.text;
+  const text = Array.isArray(found) ? found.join("") : String(found ?? "");
+  if (text) showReport(node, text);
   if (message?.modelopt_blocks?.length) showChart(node, message.modelopt_blocks);
+  if (text) shows(node, text, fresh);
   const [picture] = message?.images ?? [];
   if (picture) makeRoom(node, api.apiURL(`/view?${new URLSearchParams(picture)}`));
 }
@@ -35,37 +37,44 @@ function fit(node) {
 function recall(node, tries = 10) {
   const inside = node.graph?.isRootGraph === false; // a subgraph's nodes have numbers of their own
   const found = app.nodeOutputs?.[inside ? `${node.graph.id}:${node.id}` : node.id];
-  if (found) output(node, found);
+  if (found) output(node, found, false);
   else if (tries && node.graph) setTimeout(recall, 100, node, tries - 1);
 }
 
+const root = () => app.rootGraph ?? app.graph;
+
 /** A node that failed shows what an earlier run gave, and a line of progress that is over. */
-function failed({ detail }) {
-  const node = app.graph?.getNodeById(detail?.node_id);
-  if (!node?.comfyClass?.startsWith(PREFIX)) return;
+function onFailure({ detail }) {
+  const path = String(detail?.node_id ?? "").split(":"); // through subgraphs
+  const last = path.pop();
+  const graph = path.reduce((found, id) => found?.getNodeById(id)?.subgraph, root());
+  const node = graph?.getNodeById(last);
+  // another workflow's node may have its number
+  if (!node?.comfyClass?.startsWith(PREFIX) || node.comfyClass !== detail.node_type) return;
   endProgress(node);
-  markEarlier(node);
+  failed(node);
 }
 
 app.registerExtension({
   name: "ModelOpt",
   init() {
     addStyle();
-    api.addEventListener("execution_error", failed);
-    api.addEventListener("execution_interrupted", failed);
+    api.addEventListener("promptQueued", () => keepQueued(root()));
+    api.addEventListener("execution_error", onFailure);
+    api.addEventListener("execution_interrupted", onFailure);
   },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith(PREFIX)) return;
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (message) {
       onExecuted?.apply(this, arguments);
-      output(this, message);
+      output(this, message, true);
       this.modeloptAskAgain?.(); // it runs, or could be read, now as it did not before
     };
   },
   // R was pressed: files may have come or gone
   refreshComboInNodes() {
-    askAgain(app.rootGraph ?? app.graph);
+    askAgain(root());
   },
   loadedGraphNode(node) {
     if (node.comfyClass?.startsWith(PREFIX)) recall(node);

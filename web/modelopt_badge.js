@@ -1,6 +1,7 @@
 // Asks the server how the file or the formats chosen on a node would run here, and shows it.
 import { api } from "../../scripts/api.js";
-import { addChips, markEarlier, showChips } from "./modelopt_widgets.js";
+import { compare, follow, nodesOf } from "./modelopt_earlier.js";
+import { addChips, showChips } from "./modelopt_widgets.js";
 
 const DELAY = 150; // ms: a format's options come a moment after the format
 
@@ -52,14 +53,14 @@ export const hasBadge = (id) => id in ASKED;
 
 /** Asks again what files and formats are, on all nodes of a graph and of the subgraphs in it. */
 export function askAgain(root) {
-  for (const graph of [root, ...(root?.subgraphs?.values() ?? [])])
-    for (const node of graph?.nodes ?? []) node.modeloptAskAgain?.();
+  for (const node of nodesOf(root)) node.modeloptAskAgain?.();
 }
 
-/** Keeps the chips of a node in step with its widgets. */
+/** Keeps the chips of a node, and the mark on its report, in step with its widgets. */
 export function followWidgets(node, id) {
   addChips(node);
-  const known = new WeakMap(); // widget -> the value last seen
+  follow(node);
+  const known = new WeakSet();
   let timer;
   let shown;
   let stale = false; // the answer may be another by now
@@ -67,6 +68,7 @@ export function followWidgets(node, id) {
   const makers = new Map(); // file -> how it was made, for whoever has it not
   const refresh = async () => {
     watch(); // a chosen format brings widgets of its own
+    compare(node);
     const asked = query(ASKED[id](node));
     if (asked === shown && !stale) return;
     stale = false;
@@ -90,12 +92,10 @@ export function followWidgets(node, id) {
   const watch = () => {
     for (const widget of node.widgets ?? []) {
       if (known.has(widget) || widget.name.startsWith("modelopt_")) continue;
-      known.set(widget, widget.value);
+      known.add(widget);
       const callback = widget.callback;
       widget.callback = function () {
         const answer = callback?.apply(this, arguments);
-        if (known.get(widget) !== widget.value) markEarlier(node);
-        known.set(widget, widget.value);
         later();
         return answer;
       };
@@ -105,7 +105,6 @@ export function followWidgets(node, id) {
   node.onConfigure = function () {
     onConfigure?.apply(this, arguments);
     makers.set(value(node, "unet_name"), value(node, "made_by"));
-    for (const widget of node.widgets ?? []) if (known.has(widget)) known.set(widget, widget.value);
     later();
   };
   watch();

@@ -96,18 +96,14 @@ function wrapped(text) {
   return text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
 }
 
-/** Says of what the node shows of a run that it is not of what the node is set to now. */
-export function markEarlier(node) {
+/** Says of what the node shows of a run whether it is of an earlier one. */
+export function markEarlier(node, earlier) {
   for (const name of ["modelopt_report", "modelopt_chart"]) {
     const root = existing(node, name)?.element;
-    root?.classList.add("modelopt-earlier");
-    if (root) root.title = "of an earlier run";
+    if (!root) continue;
+    root.classList.toggle("modelopt-earlier", earlier);
+    root.title = earlier ? "of an earlier run" : "";
   }
-}
-
-function markNew(root) {
-  root.classList.remove("modelopt-earlier");
-  root.removeAttribute("title");
 }
 
 /** Read-only text that scrolls and can be copied. */
@@ -124,7 +120,6 @@ export function showReport(node, text) {
     });
   }
   found.element.value = text;
-  markNew(found.element);
   found.element.style.setProperty("--modelopt-height", `${found.options.getMinHeight()}px`);
   grow(node, WIDTH);
 }
@@ -154,6 +149,5 @@ export function showChart(node, blocks) {
     element("span", "", `all: ${(total / weights).toFixed(1)} bits, ${total.toFixed(1)} MB`),
   );
   found.element.replaceChildren(bars, legend);
-  markNew(found.element);
   grow(node, WIDTH);
 }

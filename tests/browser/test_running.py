@@ -123,16 +123,20 @@ def says_what_is_of_an_earlier_run(page, node: int) -> None:
     assert page.run(EARLIER, node) == [False, False]
     page.set_widget(node, "layers", "linear only")
     assert page.run(EARLIER, node) == [True, True]
+    page.set_widget(node, "layers", "linear + conv")
+    assert page.run(EARLIER, node) == [False, False]
+    skip = page.widgets(node)["skip"]
+    page.set_widget(node, "skip", "nothing.*")
     page.run(
-        """(id) => {
-          const { widgets } = app.graph.getNodeById(id);
-          for (const { element } of widgets) element?.classList.remove("modelopt-earlier");
-          widgets.find((w) => w.name === "skip").value = "nothing.*";
-        }""",
-        node,
+        """() => {
+          window.failed = 0;
+          app.api.addEventListener("execution_error", () => (window.failed += 1));
+        }"""
     )
     press_run(page)
-    page.wait_for(f"(id) => ({EARLIER})(id)[0]", node)
+    page.wait_for("() => window.failed === 1")
+    page.set_widget(node, "skip", skip)
+    assert page.run(EARLIER, node) == [True, True]
     assert LINE not in page.widgets(node)
     page.settle(1500)
     page.problems.clear()  # the page logs the error

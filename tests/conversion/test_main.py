@@ -379,14 +379,33 @@ def test_memory_that_runs_out_is_no_damaged_file(source, checkpoints, monkeypatc
         models.check_loras([lora])
 
 
-def test_a_quantized_file_is_not_quantized_again(made, recording, convert, tmp_path):
-    stock = tmp_path / "stock.safetensors"  # the marks of ComfyUI alone
-    files.save_safetensors(load_file(made / NAME), stock, {})
-    for file in (made / NAME, stock):
+def test_a_quantized_file_is_not_quantized_again(made, source, recording, convert, tmp_path):
+    ours, stock = made / NAME, tmp_path / "stock.safetensors"
+    flags = ["--format", "int8", "--layers", "linear only", "--calibration", recording]
+    linear = convert(source, "--out", tmp_path, flags=flags)["sd15.safetensors"]["output"]
+    files.save_safetensors(load_file(linear), stock, {})  # with the marks of ComfyUI alone
+    for file in (ours, Path(linear), stock):
         row = convert(file, "--calibration", recording, "--out", tmp_path / "out", status=1)
         error = row[file.name]["error"]
         assert "must be in 16 or 32 bits" in error and "is already quantized" in error
         assert str(file) in error
+
+
+def test_a_quantized_text_encoder_is_no_quantized_file(source, tmp_path):
+    """ComfyUI marks it in the same way."""
+    tensors = load_file(source)
+    name = next(
+        key for key in tensors if key.startswith("cond_stage_model.") and "fc1.weight" in key
+    )
+    marker = {"format": "float8_e4m3fn"}
+    scale = tensors[name].abs().amax().float() / 448
+    tensors[f"{name}_scale"] = scale
+    tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+    tensors[f"{name.removesuffix('.weight')}.comfy_quant"] = torch.tensor(
+        list(json.dumps(marker).encode()), dtype=torch.uint8
+    )
+    files.save_safetensors(tensors, tmp_path / "mixed.safetensors", {})
+    assert None not in models.load(tmp_path / "mixed.safetensors", with_clip=True)
 
 
 def test_prompts_need_a_text_encoder(source, convert, tmp_path):
