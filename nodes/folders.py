@@ -71,7 +71,8 @@ def find_checkpoint(name: str) -> str:
             return path
     raise ValueError(
         f"a checkpoint to import must lie in {root_of(CHECKPOINTS)}, got {brief_repr(name)}, which is not "
-        "there: put it there, or press R to refresh"
+        "there, or is a folder without its config.json or .safetensors: put it there whole, or press R "
+        "to refresh"
     )
 
 
