@@ -121,7 +121,7 @@ def test_record_finds_the_prompt_in_the_workflow(monkeypatch):
     node.hidden = hidden
     out = node.execute(model="m", seed=3)
     assert out.result == ({"samples": 1}, made)
-    assert out.ui["text"][0].startswith("Calibration: 1 UNet calls of 1 runs")
+    assert out.ui["text"][0].startswith("Calibration: 1 UNet calls of 1 run at ")
     assert seen == {"model": "m", "seed": 3, "prompt": "a fox"}
 
 
