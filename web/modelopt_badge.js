@@ -1,7 +1,7 @@
 // Asks the server how the file or the formats chosen on a node would run here, and shows it.
 import { api } from "../../scripts/api.js";
 import { compare, follow, nodesOf } from "./modelopt_earlier.js";
-import { addChips, showChips } from "./modelopt_widgets.js";
+import { addChips, grow, showChips } from "./modelopt_widgets.js";
 
 const DELAY = 150; // ms: a format's options come a moment after the format
 
@@ -61,6 +61,7 @@ export function followWidgets(node, id) {
   addChips(node);
   follow(node);
   const known = new WeakSet();
+  let chosen = false; // the user has chosen something since
   let timer;
   let shown;
   let stale = false; // the answer may be another by now
@@ -69,6 +70,8 @@ export function followWidgets(node, id) {
   const refresh = async () => {
     watch(); // a chosen format brings widgets of its own
     compare(node);
+    if (chosen) grow(node); // the page made the node as small as it goes
+    chosen = false;
     const asked = query(ASKED[id](node));
     if (asked === shown && !stale) return;
     stale = false;
@@ -96,6 +99,7 @@ export function followWidgets(node, id) {
       const callback = widget.callback;
       widget.callback = function () {
         const answer = callback?.apply(this, arguments);
+        chosen = true;
         later();
         return answer;
       };

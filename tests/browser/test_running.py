@@ -11,6 +11,14 @@ RENDERERS = [CLASSIC, NODES_2]
 LINE = "$$node-text-preview"  # the page's own widget of progress
 SMALL = {"width": 64, "height": 64, "steps": 2, "max_records": 4}
 
+# height of the list of patterns to skip, and how much of it is in sight
+SKIP_LIST = """(id) => {
+  const { element } = app.graph.getNodeById(id).widgets.find((w) => w.name === "skip");
+  const boxes = [...document.querySelectorAll(`[data-node-id="${id}"] textarea`)];
+  const box = boxes.find((one) => one.value.includes("time_embed")) ?? element;
+  return [box.scrollHeight, box.clientHeight];
+}"""
+
 # of report and chart of a node, whether they are marked as an earlier run's
 EARLIER = """(id) => {
   const { widgets } = app.graph.getNodeById(id);
@@ -140,6 +148,12 @@ def says_what_is_of_an_earlier_run(page, node: int) -> None:
     assert LINE not in page.widgets(node)
     page.settle(1500)
     page.problems.clear()  # the page logs the error
+    for form in ("int4", "fp8"):  # with fewer and with more options
+        page.set_widget(node, "format", form)
+        page.frame([node])
+        page.settle(1000)
+        whole, seen = page.run(SKIP_LIST, node)
+        assert whole <= seen + 2, form
 
 
 def keeps_its_report(page, node: int, report: str) -> None:
