@@ -109,6 +109,7 @@ export function followWidgets(node, id) {
   node.onConfigure = function () {
     onConfigure?.apply(this, arguments);
     makers.set(value(node, "unet_name"), value(node, "made_by"));
+    chosen = false; // the workflow has, and has the node's size
     later();
   };
   watch();
