@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,6 +51,30 @@ def casts_of_a_gpu():
 def comfyui() -> Path:
     """The ComfyUI folder under test."""
     return COMFYUI
+
+
+class Folders:
+    """Temporary folders that `close` removes."""
+
+    def __init__(self, factory: pytest.TempPathFactory):
+        self._factory = factory
+        self._made: list[Path] = []
+
+    def mktemp(self, name: str) -> Path:
+        self._made.append(self._factory.mktemp(name))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for path in self._made:
+            shutil.rmtree(path, ignore_errors=True)  # Windows: a model still maps its file
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """For what is large: as `tmp_path_factory`, but gone after the module, not after the session."""
+    made = Folders(tmp_path_factory)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -124,6 +124,17 @@ def test_quantize_by_clicks(page, server):
     says_what_is_of_an_earlier_run(page, quantize)
 
 
+def count_events(page, event: str) -> None:
+    """In `window.counted`, those of ComfyUI's server from now on."""
+    page.run(
+        """(event) => {
+          window.counted = 0;
+          app.api.addEventListener(event, () => (window.counted += 1));
+        }""",
+        event,
+    )
+
+
 def says_what_is_of_an_earlier_run(page, node: int) -> None:
     """When the node is set to something else, and when it failed."""
     assert page.run(EARLIER, node) == [False, False]
@@ -135,14 +146,9 @@ def says_what_is_of_an_earlier_run(page, node: int) -> None:
     assert page.run(EARLIER, node) == [False, False]
     skip = page.widgets(node)["skip"]
     page.set_widget(node, "skip", "nothing.*")
-    page.run(
-        """() => {
-          window.failed = 0;
-          app.api.addEventListener("execution_error", () => (window.failed += 1));
-        }"""
-    )
+    count_events(page, "execution_error")
     press_run(page)
-    page.wait_for("() => window.failed === 1")
+    page.wait_for("() => window.counted === 1")
     page.set_widget(node, "skip", skip)
     assert page.run(EARLIER, node) == [True, True]
     assert LINE not in page.widgets(node)
@@ -225,16 +231,11 @@ def test_cancel_leaves_nothing_and_the_next_run_works(page, server):
     page.set_widget(prompt, "steps", 60)
     page.set_widget(prompt, "seed", len(before) + 200)
     hear_progress(page)
-    page.run(
-        """() => {
-          window.stopped = 0;
-          app.api.addEventListener("execution_interrupted", () => (window.stopped += 1));
-        }"""
-    )
+    count_events(page, "execution_interrupted")
     press_run(page)
     page.wait_for("() => window.heard.length > 0")
     page.page.get_by_role("button", name="Cancel current run").click()
-    page.wait_for("() => window.stopped === 1", seconds=60)
+    page.wait_for("() => window.counted === 1", seconds=60)
     assert saved(server) == before
     assert "modelopt_report" not in page.widgets(quantize)
     page.set_widget(prompt, "steps", 2)

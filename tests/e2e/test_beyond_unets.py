@@ -15,8 +15,8 @@ FORMATS = ("fp8", "nvfp4")
 
 
 @pytest.fixture(scope="module")
-def servers(comfyui, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("beyond")
+def servers(comfyui, folders):
+    folder = folders.mktemp("beyond")
     found = [
         ComfyServer(comfyui, folder / name, pack=name != "stock") for name in ("a", "b", "stock")
     ]

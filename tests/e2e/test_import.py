@@ -15,11 +15,11 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, checkpoints, tmp_path_factory):
+def server(comfyui, checkpoints, folders):
     import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
 
-    server = ComfyServer(comfyui, tmp_path_factory.mktemp("import"))
+    server = ComfyServer(comfyui, folders.mktemp("import"))
     place = server.models / "modelopt" / "checkpoints"
     place.mkdir(parents=True)
     (server.models / "checkpoints").mkdir()

@@ -116,11 +116,11 @@ class WholeWay:
 
 
 @pytest.fixture(scope="module")
-def ways(comfyui, tmp_path_factory):
+def ways(comfyui, folders):
     """Family -> its WholeWay, made once."""
 
     def make(family: str) -> WholeWay:
-        run = WholeWay(family, comfyui, tmp_path_factory.mktemp(family))
+        run = WholeWay(family, comfyui, folders.mktemp(family))
         run.quantize()
         run.generate()
         run.open_in_stock()

@@ -66,9 +66,9 @@ def quantize(kind: str, name: str) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(folders):
     """(kind, recipe) -> path of a file that mto.save wrote, each made once."""
-    folder = tmp_path_factory.mktemp("modelopt")
+    folder = folders.mktemp("modelopt")
 
     def make(kind: str, name: str) -> str:
         path = folder / f"{kind}-{name}.pt"
@@ -517,9 +517,9 @@ def test_also_in_a_folder(folder_of, tmp_path, form):
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory, saved):
+def folder_of(folders, saved):
     """recipe -> a folder of save_pretrained, with ModelOpt's state in it."""
-    made = tmp_path_factory.mktemp("folders")
+    made = folders.mktemp("folders")
 
     def make(name: str):
         mto.enable_huggingface_checkpointing()
@@ -556,7 +556,7 @@ CUDA_ONLY = ("nvfp4", "mxfp8")  # ModelOpt cannot run these on a CPU, but it can
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(folders):
     """recipe -> (folder of export_hf_checkpoint, what ModelOpt's weights are there), made once."""
     from modelopt.torch.export import export_hf_checkpoint
 
@@ -579,7 +579,7 @@ def exported(tmp_path_factory):
             given = None if name in CUDA_ONLY else lambda u: unets.run_diffusers(u, "sd15", 0)
             with torch.no_grad():
                 mtq.quantize(unet, config, given)
-                path = tmp_path_factory.mktemp("exports") / name
+                path = folders.mktemp("exports") / name
                 export_hf_checkpoint(unet, export_dir=path)
             made[name] = path
         return made[name]

@@ -26,9 +26,9 @@ from ..cpu import assert_as_stock
 _made: dict = {}
 
 
-def made(kind, tmp_path_factory):
+def made(kind, folders):
     if kind not in _made:
-        path = small.write(kind, tmp_path_factory.mktemp(kind) / f"{kind}.safetensors")
+        path = small.write(kind, folders.mktemp(kind) / f"{kind}.safetensors")
         model = comfy.sd.load_diffusion_model(str(path))
         _made.clear()  # Qwen-Image's is not small
         _made[kind] = model, record(kind, model)
@@ -83,8 +83,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "form", "algorithm"), CASES)
-def test_the_whole_way(kind, form, algorithm, tmp_path, tmp_path_factory):
-    model, calibration = made(kind, tmp_path_factory)
+def test_the_whole_way(kind, form, algorithm, tmp_path, folders):
+    model, calibration = made(kind, folders)
     quantized = engine.quantize_model(model, Recipe(form, algorithm), calibration)
     ours = loader.load(quantized.checkpoint)
     engine.measure(quantized, ours)
@@ -117,8 +117,8 @@ def test_the_whole_way(kind, form, algorithm, tmp_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd3", "wan"])
-def test_a_recorded_call_replays_to_the_same_output(kind, tmp_path, tmp_path_factory):
-    model, calibration = made(kind, tmp_path_factory)
+def test_a_recorded_call_replays_to_the_same_output(kind, tmp_path, folders):
+    model, calibration = made(kind, folders)
     path = tmp_path / "calibration.safetensors"
     calibrations.save(calibration, path)
     back = calibrations.load(path)
@@ -181,9 +181,9 @@ def test_a_subclass_belongs_to_its_family():
     assert "head.head" in kept and "vace_blocks.0.ffn.0" in chosen
 
 
-def test_a_family_without_a_list_asks_for_one(tmp_path, tmp_path_factory):
+def test_a_family_without_a_list_asks_for_one(tmp_path, folders):
     kind = "ltxv"
-    model, calibration = made(kind, tmp_path_factory)
+    model, calibration = made(kind, folders)
     for skip in (Recipe("fp8").skip, ()):
         with pytest.raises(ValueError, match=r"LTXVModel has none: write .* quantize/families.py"):
             engine.quantize_model(model, Recipe("fp8", skip=skip), calibration)
@@ -200,8 +200,8 @@ def test_a_family_without_a_list_asks_for_one(tmp_path, tmp_path_factory):
     assert sqnr_db(sample(kind, ours), theirs) > 22
 
 
-def test_a_list_of_the_users_is_taken_as_it_is(tmp_path_factory):
-    model, calibration = made("flux", tmp_path_factory)
+def test_a_list_of_the_users_is_taken_as_it_is(folders):
+    model, calibration = made("flux", folders)
     recipe = Recipe("nvfp4", layers="linear only", skip=("final_layer.*",))
     quantized = engine.quantize_model(model, recipe, calibration)
     layers = quantized.checkpoint.layers
@@ -212,15 +212,15 @@ def test_a_list_of_the_users_is_taken_as_it_is(tmp_path_factory):
     assert any("ComfyUI reads the architecture" in note for note in quantized.notes)
 
 
-def test_a_wrong_pattern_is_refused_in_any_family(tmp_path_factory):
-    model, calibration = made("flux", tmp_path_factory)
+def test_a_wrong_pattern_is_refused_in_any_family(folders):
+    model, calibration = made("flux", folders)
     with pytest.raises(ValueError, match="'input_blocks.9' matches none"):
         engine.quantize_model(model, Recipe("int8", skip=("input_blocks.9",)), calibration)
 
 
-def test_a_calibration_of_another_family_is_refused(tmp_path_factory):
-    _, calibration = made("flux", tmp_path_factory)
-    model, _ = made("wan", tmp_path_factory)
+def test_a_calibration_of_another_family_is_refused(folders):
+    _, calibration = made("flux", folders)
+    model, _ = made("wan", folders)
     with pytest.raises(ValueError, match="of the same architecture"):
         engine.quantize_model(model, Recipe("int8"), calibration)
 
@@ -235,9 +235,9 @@ NEEDS_ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("name", NEEDS_ACTIVATIONS)
-def test_layers_that_the_recording_never_called(tmp_path_factory, name):
+def test_layers_that_the_recording_never_called(folders, name):
     """They stay in 16 bits, all of them named, and the file is as good as without them."""
-    model, calibration = made("flux", tmp_path_factory)
+    model, calibration = made("flux", folders)
     block = model.model.diffusion_model.double_blocks[0]
     spares = [comfy.ops.disable_weight_init.Linear(128, 128, dtype=torch.float16) for _ in "ab"]
     recipe = Recipe(name, NEEDS_ACTIVATIONS[name])
@@ -261,8 +261,8 @@ def test_layers_that_the_recording_never_called(tmp_path_factory, name):
     assert all(torch.equal(t, expected.checkpoint.tensors[key]) for key, t in tensors.items())
 
 
-def test_a_recording_that_called_nothing(tmp_path_factory):
-    model, calibration = made("flux", tmp_path_factory)
+def test_a_recording_that_called_nothing(folders):
+    model, calibration = made("flux", folders)
     with pytest.raises(
         ValueError, match=r"must be called in the recording, none was of double_blocks.0.spare"
     ):
@@ -282,9 +282,9 @@ def _only_a_spare(model, calibration):
         del block.spare
 
 
-def test_a_users_pattern_beside_the_default_list(tmp_path_factory):
+def test_a_users_pattern_beside_the_default_list(folders):
     """What the node shows is a UNet's list: it gives way to the family's, the user's own stays."""
-    model, _ = made("flux", tmp_path_factory)
+    model, _ = made("flux", folders)
     own = "double_blocks.0.img_attn.*"
     found, notes = families.settle(
         model.model.diffusion_model, Recipe("int8", skip=(*DEFAULT_SKIP, own))
@@ -306,8 +306,8 @@ def test_a_family_without_a_list_takes_the_users_alone():
         families.settle(model, Recipe("int8"))
 
 
-def test_the_file_says_what_it_is(tmp_path, tmp_path_factory):
-    model, calibration = made("sd3", tmp_path_factory)
+def test_the_file_says_what_it_is(tmp_path, folders):
+    model, calibration = made("sd3", folders)
     quantized = engine.quantize_model(model, Recipe("fp8", "max"), calibration)
     path = tmp_path / "out.safetensors"
     files.write(quantized.checkpoint, path)
@@ -317,9 +317,9 @@ def test_the_file_says_what_it_is(tmp_path, tmp_path_factory):
     assert quantized.checkpoint.header["model"] == "SD3"
 
 
-def test_a_lora_on_top(tmp_path_factory):
+def test_a_lora_on_top(folders):
     """Kept beside the quantized weights, as on a UNet."""
-    model, calibration = made("flux", tmp_path_factory)
+    model, calibration = made("flux", folders)
     ours = loader.load(engine.quantize_model(model, Recipe("nvfp4"), calibration).checkpoint)
     generator = torch.Generator().manual_seed(5)
     lora = {}

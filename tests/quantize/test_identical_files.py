@@ -65,9 +65,9 @@ def short(calibration) -> Calibration:
 
 
 @pytest.fixture(scope="module")
-def made(checkpoints, short, tmp_path_factory) -> Path:
+def made(checkpoints, short, folders) -> Path:
     """A folder with a file of each recipe."""
-    folder = tmp_path_factory.mktemp("first")
+    folder = folders.mktemp("first")
     calibration_file.save(short, folder / "calibration.modelopt")
     make_all(checkpoints / "sd15.safetensors", folder / "calibration.modelopt", folder)
     return folder
@@ -81,10 +81,10 @@ def test_made_again(made, sd15, short, tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def elsewhere(made, checkpoints, tmp_path_factory) -> Path:
+def elsewhere(made, checkpoints, folders) -> Path:
     import torch
 
-    folder = tmp_path_factory.mktemp("elsewhere")
+    folder = folders.mktemp("elsewhere")
     arguments = [checkpoints / "sd15.safetensors", made / "calibration.modelopt", folder]
     subprocess.run(
         [sys.executable, "-c", ELSEWHERE, *map(str, arguments), str(torch.get_num_threads())],
