@@ -1,10 +1,12 @@
 """Bytes and host memory of quantizing and loading full-size UNets, each stage in its own process.
 
 `python benchmarks/file_size.py --family sd15` writes benchmarks/results/file_size_sd15.json and a
-table; `--variants awq svdquant` measures those only, and keeps the other rows. The weights are random (shapes and bytes are those of the real architectures); quantizing
-replays real UNet calls of a very small picture. Memory is the process's resident set, sampled,
-from after the plan was made (which imports ModelOpt) on. With glibc the heap is told to give back what
-is freed (NO_HEAP), so that the resident set is what is in use. Rows of runs without that are marked.
+table; `--variants awq svdquant` measures those only, and keeps the other rows. The weights are random
+(shapes and bytes are those of the real architectures); quantizing replays real UNet calls of a very
+small picture. Memory is what the process takes of the machine's (its resident set; on Linux without
+mapped files), sampled from after the plan was made and a small UNet quantized likewise on: what a process
+takes once, for libraries and their threads, is not in it. With glibc the heap is told to give back what is
+freed (NO_HEAP), so that it is what is in use. Rows of earlier runs, without that, are marked.
 """
 
 from __future__ import annotations
@@ -47,21 +49,26 @@ BRANCH = ("svd_up", "svd_down")
 
 
 class PeakMemory:
-    """Peak resident set of this process while the context is open, in bytes."""
+    """Peak resident set of this process while the context is open, in bytes; on Linux without the
+    pages of mapped files, which come and go as the system likes."""
 
     def __enter__(self):
         import psutil
 
         self.process = psutil.Process()
-        self.start = self.peak = self.process.memory_info().rss
+        self.start = self.peak = self._now()
         self.going = True
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
 
+    def _now(self) -> int:
+        info = self.process.memory_info()
+        return info.rss - getattr(info, "shared", 0)
+
     def _watch(self) -> None:
         while self.going:
-            self.peak = max(self.peak, self.process.memory_info().rss)
+            self.peak = max(self.peak, self._now())
             time.sleep(0.005)
 
     def __exit__(self, *_):
@@ -75,19 +82,11 @@ def _prepare():
     inprocess.load()
 
 
-def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> dict:
-    """Loads the 16-bit UNet, records, quantizes, writes `target`. Bytes of memory."""
-    _prepare()
-    import comfy.sd
+def _record(model):
+    """Two calls of the UNet, of a 128 x 128 picture."""
     import torch
-    from comfyui_modelopt.formats import files
-    from comfyui_modelopt.loaders import unet as loader
-    from comfyui_modelopt.nodes import planning
-    from comfyui_modelopt.quantize import engine
     from comfyui_modelopt.quantize.bridge import sampling
-    from comfyui_modelopt.quantize.recipe import Recipe
 
-    model = comfy.sd.load_diffusion_model(source)
     width = model.model.model_config.unet_config["context_dim"]
     pooled = {"pooled_output": torch.randn(1, 1280)}
     conditioning = [[torch.randn(1, 77, width), pooled]]
@@ -104,11 +103,40 @@ def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> d
         denoise=1.0,
         max_records=2,
     )
+    return calibration
+
+
+def _warm_up(family: str, recipe) -> None:
+    """Quantizes a small UNet by a recipe."""
+    import comfy.sd
+    from comfyui_modelopt.devtools import synthetic
+    from comfyui_modelopt.quantize import engine
+
+    model = comfy.sd.load_diffusion_model_state_dict(synthetic.unet_state_dict(family))
+    engine.quantize_model(model, recipe, _record(model))
+
+
+def stage_quantize(family: str, source: str, target: str, variant: tuple[str, str, str]) -> dict:
+    """Loads the 16-bit UNet, records, quantizes, writes `target`. Bytes of memory."""
+    _prepare()
+    import gc
+
+    import comfy.sd
+    from comfyui_modelopt.formats import files
+    from comfyui_modelopt.loaders import unet as loader
+    from comfyui_modelopt.nodes import planning
+    from comfyui_modelopt.quantize import engine
+    from comfyui_modelopt.quantize.recipe import Recipe
+
     form, algorithm, layers = variant
     recipe = Recipe(form, algorithm, layers=layers)
+    model = comfy.sd.load_diffusion_model(source)
+    calibration = _record(model)
     started = time.monotonic()
     _, planned = planning.plan(model, recipe, calibration)
     plan_seconds = time.monotonic() - started
+    _warm_up(family, recipe)
+    gc.collect()
     with PeakMemory() as memory:
         started = time.monotonic()
         made = engine.quantize_model(model, recipe, calibration)
@@ -116,7 +144,7 @@ def stage_quantize(source: str, target: str, variant: tuple[str, str, str]) -> d
     engine.measure(made, loader.load(made.checkpoint))
     files.write(made.checkpoint, target)
     return {
-        "heap": "given back",
+        "memory": "without what a process takes once",
         "planned_bytes": planned["file_bytes"],
         "planned_extra": planned["quantize_bytes"],
         "planned_seconds": planned["seconds"],
@@ -191,7 +219,7 @@ def measure(family: str, folder: Path, wanted: list[str]) -> Iterator[dict]:
             continue
         target = folder / f"{family}-{'-'.join(variant).replace(' ', '')}.safetensors"
         row = {"family": family, "variant": " ".join(variant), "bytes_before": before}
-        row |= _run("quantize", str(source), str(target), *variant)
+        row |= _run("quantize", family, str(source), str(target), *variant)
         row["bytes_after"] = target.stat().st_size
         row["ratio"] = row["bytes_after"] / before
         row |= _run("load", str(target))
@@ -212,15 +240,15 @@ HEAD = (
 
 EARLIER = r" \*"
 FOOT = (
-    rf"{EARLIER.strip()} measured earlier, with the C library's ordinary heap. Seconds are wall time: "
-    "what else the machine did counts."
+    rf"{EARLIER.strip()} measured earlier, with what a process takes once. Seconds are wall time: what "
+    "else the machine did counts."
 )
 
 
 def _line(row: dict) -> str:
     bits = ", ".join(f"{name} {value:.3f}" for name, value in row["bits"].items())
     return (
-        f"| {row['family']} | {row['variant']}{'' if 'heap' in row else EARLIER} | {bits} "
+        f"| {row['family']} | {row['variant']}{'' if 'memory' in row else EARLIER} | {bits} "
         f"| {row['bytes_before'] / 1e9:.3f} GB | {row['bytes_after'] / 1e9:.3f} GB "
         f"| {row['ratio']:.3f} "
         f"| {row['extra_over_16bit']:.2f} | {row['load_over_file']:.2f} "
@@ -255,7 +283,7 @@ def main() -> None:
         if stage == "make":
             result = {"path": str(_make(rest[0], Path(rest[1])))}
         elif stage == "quantize":
-            result = stage_quantize(rest[0], rest[1], tuple(rest[2:]))
+            result = stage_quantize(*rest[:3], tuple(rest[3:]))
         else:
             result = stage_load(rest[0])
         _say(json.dumps(result))
