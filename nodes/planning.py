@@ -67,9 +67,9 @@ def plan(model, recipe: Recipe, calibration=None) -> tuple[str, dict]:
     found = sizes(model, recipe, calibration)
     records = len(calibration) if calibration is not None else 0
     missing = not records and any(one.calibrates for one in plans.values())
-    step = progress(len({needs.key(one) for one in plans.values()}) + 2)
+    step = progress(len({needs.key(one) for one in plans.values()}) + 3)
     trials = needs.try_layers(source, plans, model.load_device, step)
-    call = needs.try_call(model, next(iter(calibration))) if records else None
+    call = needs.try_call(model, next(iter(calibration)), step) if records else None
     step()
     chosen = expected.kernels(found.made, model)
     running = None
