@@ -12,7 +12,6 @@ import torch
 
 from ..formats import FORMATS, blocks
 from ..formats.checkpoint import QuantizedCheckpoint
-from ..utils import out_of_memory
 from ..utils.memory import peak_of, watched
 from ..utils.timing import synchronize
 from . import engine, modelopt, quality
@@ -130,7 +129,6 @@ def _pack(weight: torch.Tensor, one: LayerPlan):
     return FORMATS[one.format].quantize(weight, amax), (weight, amax)
 
 
-@out_of_memory.explained("planning", out_of_memory.RECORD_SMALLER)
 def try_call(model, record, step: Callable[[], None] = lambda: None) -> Call:
     """Two calls of the MODEL's UNet with a recorded input, loaded as a sampler does, patches and all:
     the first one's memory, the second one's time."""
