@@ -128,7 +128,7 @@ takes the best mix for a target: `size` of the file, `bits` a weight, or `qualit
 1. Choose your checkpoint, put in your prompts.
 2. Set the target, and switch off formats that your GPU does not run (coloured words on the node).
 `int4` and `int8_weights` save memory, not time.
-3. **Run**. It takes several quantizations; a second target with the same recording takes one. The Compare
+3. **Run**. It takes several quantizations; a second target with the same recording takes one or two. The Compare
 node replays the recording that was searched on, which flatters the mix (*compare_file* records another
 prompt).
 4. Keep the *recipe* (JSON): pasted into the target `recipe` it gives the same mix again, without a

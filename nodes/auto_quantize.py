@@ -63,7 +63,7 @@ class AutoQuantize(io.ComfyNode):
             description="Chooses the format of each layer: measures how much every allowed format in "
             "every layer changes the UNet's output on recorded calls, then takes the best mix for a "
             "size, a number of bits or a quality. Takes several quantizations; a second target with "
-            "the same calibration takes one.",
+            "the same calibration takes one or two, a quality up to five.",
             search_aliases=["mixed precision", "automatic", "target size", "sensitivity"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL to quantize, in 16 or 32 bits."),

@@ -14,7 +14,7 @@ from ..quantize import engine, needs, prediction
 from ..quantize.bridge.unet import unet_of
 from ..quantize.layers import LINEAR_AND_CONV
 from ..quantize.recipe import Recipe
-from ..utils import plan_report
+from ..utils import out_of_memory, plan_report
 from ..utils.memory import COUNTED
 from ..utils.progress import progress
 
@@ -59,6 +59,7 @@ def others(model, recipe: Recipe, calibration) -> dict[str, int]:
     return found
 
 
+@out_of_memory.explained("planning", out_of_memory.RECORD_SMALLER)
 def plan(model, recipe: Recipe, calibration=None) -> tuple[str, dict]:
     """The plan in words, and its figures (JSON-able). The MODEL is not changed; with a calibration
     one of its calls is made, and one layer of each kind is packed, to measure memory and time."""
@@ -67,9 +68,9 @@ def plan(model, recipe: Recipe, calibration=None) -> tuple[str, dict]:
     found = sizes(model, recipe, calibration)
     records = len(calibration) if calibration is not None else 0
     missing = not records and any(one.calibrates for one in plans.values())
-    step = progress(len({needs.key(one) for one in plans.values()}) + 2)
+    step = progress(len({needs.key(one) for one in plans.values()}) + 3)
     trials = needs.try_layers(source, plans, model.load_device, step)
-    call = needs.try_call(model, next(iter(calibration))) if records else None
+    call = needs.try_call(model, next(iter(calibration)), step) if records else None
     step()
     chosen = expected.kernels(found.made, model)
     running = None

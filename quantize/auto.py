@@ -73,7 +73,7 @@ def auto_quantize(
     formats: keys of candidates.CANDIDATES; sixteen: layers may also stay in 16 bits. load: quantized
     checkpoint -> MODEL that runs it in low-precision arithmetic. tell: is given a sentence on what
     is being done, from time to time. What was measured of a recipe is kept while the calibration
-    lives, so that another goal costs one quantization. Raises ValueError
+    lives, so that another goal costs one quantization, or the few that a quality takes. Raises ValueError
     (rule, value, where, remedy) where the goal cannot be met, and ComfyUI's
     InterruptProcessingException on cancel.
     """
@@ -84,10 +84,17 @@ def auto_quantize(
     bridge.unet_of(model)
     calibration.check_matches(sampling.signature(model))
     names, recipes = candidates.candidates(model, formats, layers, skip)
-    if sized := candidates.unmeasured(model, names, recipes):
+    ahead = tell
+    if sized := candidates.unmeasured(model, names, recipes):  # before all the work
         space = Space(model, names, sized, sixteen)
-        _Search(model, calibration, space, goal, [], load, tell).check()  # before all the work
-    measured = candidates.measure(model, calibration, names, recipes, load, tell)
+        search = _Search(model, calibration, space, goal, [], load, tell)
+        search.check()
+        within_reach = search.within_reach()
+
+        def ahead(text: str) -> None:
+            tell(f"{within_reach}\n{text}")
+
+    measured = candidates.measure(model, calibration, names, recipes, load, ahead)
     space = Space(model, names, measured, sixteen)
     sizes = [space.file_size(space.uniform(i, goal), calibration) for i in range(len(measured))]
     search = _Search(model, calibration, space, goal, sizes, load, tell)
@@ -172,6 +179,19 @@ class _Search:
                     f"a file of {goal.value / 1e6:.2f} MB cannot be reached, the allowed formats need "
                     f"{least / 1e6:.2f} MB or more: raise it or allow a smaller format"
                 )
+
+    def within_reach(self) -> str:
+        """What can be reached, from shapes alone, as a sentence."""
+        space = self.space
+        least, _ = self.beside(space.smallest())
+        alone = [
+            space.file_size(space.uniform(i, self.goal), self.calibration)
+            for i in range(len(space.measured))
+        ]
+        return (
+            f"Files from {megabytes(least)} can be made; one recipe for all layers gives "
+            f"{megabytes(min(alone))} to {megabytes(max(alone))}"
+        )
 
     def beside(self, chosen: list[int]) -> tuple[int, float]:
         """The file's size, and what of it is not in the layers: the header names the choice."""

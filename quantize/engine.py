@@ -161,7 +161,9 @@ def shaping(model: torch.nn.Module, recipe: Recipe, layers: Iterable[str]) -> se
 
 @out_of_memory.explained("measuring", out_of_memory.RECORD_SMALLER)
 def measure(quantized: Quantized, model) -> None:
-    """Runs the quantized MODEL on the evaluation records; its SQNR goes into figures and header."""
+    """Runs the quantized MODEL on the evaluation records; its SQNR goes into figures and header.
+
+    Raises ValueError (rule, value, where, remedy) where it gives NaN or infinity."""
     from .bridge import unet as bridge
 
     if not quantized.records:
@@ -170,6 +172,7 @@ def measure(quantized: Quantized, model) -> None:
         step = quantized.step
         detail(f"The quantized model: {len(quantized.records)} UNet calls")
         outputs = bridge.run_loaded(model, quantized.records, lambda: step(CALL))
+    _check_quantized(outputs)
     quantized.figures = quality.summary(quantized.references, outputs)
     quantized.checkpoint.header["quality"] = quantized.figures
 
@@ -221,6 +224,16 @@ def _check_outputs(references: list[torch.Tensor]) -> None:
                 f"on call {number} of the {len(references)} looked at: try another precision "
                 "(--force-fp32 or bf16), or record with other settings; if KSampler alone gives a "
                 "black picture whatever the settings, get another copy of the checkpoint"
+            )
+
+
+def _check_quantized(outputs: list[torch.Tensor]) -> None:
+    for number, output in enumerate(outputs, start=1):
+        if not bool(torch.isfinite(output).all()):
+            raise ValueError(
+                "the quantized UNet must give finite numbers on the recorded calls, it gives NaN or "
+                f"infinity on call {number} of the {len(outputs)} looked at, which the original does "
+                "not: choose another format, or skip more layers (Compare Quantized names the worst)"
             )
 
 

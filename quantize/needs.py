@@ -12,15 +12,14 @@ import torch
 
 from ..formats import FORMATS, blocks
 from ..formats.checkpoint import QuantizedCheckpoint
-from ..utils import out_of_memory
 from ..utils.memory import peak_of, watched
 from ..utils.timing import synchronize
 from . import engine, modelopt, quality
 from .layers import kind_of
 from .recipe import AWQ, AWQ_FULL, MSE, SMOOTHQUANT, SVDQUANT, LayerPlan
 
-# weights of the layer that is tried: the largest of at most so many, or where packing takes long
-# (SLOW) the smallest of at least so many
+# weights of the layer that is tried, of those with the largest kernel: the largest of at most so many,
+# or where packing takes long (SLOW) the smallest of at least so many
 LARGEST, SMALLEST = 2**22, 2**17
 SLOW = (MSE, SVDQUANT)
 # bytes a weight of `pack.sixteen_bits`, beside its result: torch's isfinite
@@ -75,16 +74,22 @@ def try_layers(
     found = {}
     with torch.inference_mode(False), torch.no_grad():
         for which, names in groups.items():
-            sizes = {name: source.get_submodule(name).weight.numel() for name in names}
-            name = _chosen(sizes, plans[names[0]].algorithm in SLOW)
+            weights = {name: source.get_submodule(name).weight for name in names}
+            name = _chosen(weights, plans[names[0]].algorithm in SLOW)
             weight = source.get_submodule(name).weight.data.to(device, copy=True)
             found[which] = _try(weight, plans[name], device)
             step()
     return found
 
 
-def _chosen(sizes: Mapping[str, int], slow: bool) -> str:
-    """Of layers by their size, the one to try."""
+def _chosen(weights: Mapping[str, torch.Tensor], slow: bool) -> str:
+    """The layer to try. A convolution of one position is packed without a copy in another order."""
+    kernel = max(weight.shape[2:].numel() for weight in weights.values())
+    sizes = {
+        name: weight.numel()
+        for name, weight in weights.items()
+        if weight.shape[2:].numel() == kernel
+    }
     if slow:
         fitting = [name for name in sizes if sizes[name] >= SMALLEST]
         return min(fitting, key=sizes.get) if fitting else max(sizes, key=sizes.get)
@@ -124,8 +129,7 @@ def _pack(weight: torch.Tensor, one: LayerPlan):
     return FORMATS[one.format].quantize(weight, amax), (weight, amax)
 
 
-@out_of_memory.explained("planning", out_of_memory.RECORD_SMALLER)
-def try_call(model, record) -> Call:
+def try_call(model, record, step: Callable[[], None] = lambda: None) -> Call:
     """Two calls of the MODEL's UNet with a recorded input, loaded as a sampler does, patches and all:
     the first one's memory, the second one's time."""
     from .bridge import unet as bridge
@@ -138,6 +142,7 @@ def try_call(model, record) -> Call:
 
         layers = {name: m for name, m in unet.named_modules() if kind_of(m) is not None}
         _, peak, live = watched(call, device, layers)
+        step()
         started = time.perf_counter()
         call()
         synchronize(device)

@@ -141,8 +141,11 @@ def recommend(gpu: GPU) -> dict[str, tuple[str, str]]:
         fastest = ("int8", "8-bit integer tensor cores")
     else:
         fastest = ("int8", "no low-precision units here: nothing gets faster, memory gets smaller")
-    smallest = ("nvfp4" if native("nvfp4") else "int4", "4 bits a weight")
-    best = ("int8", "smoothquant with linear only measured nearest to 16 bits")
+    smallest = ("int4", "4.1 bits a weight, computed in 16 bits")
+    best = (
+        "int8",
+        "smoothquant with linear only measured nearest to 16 bits of what computes in fewer",
+    )
     picks = {"smallest file": smallest, "fastest picture": fastest, "best picture": best}
     return {goal: pick for goal, pick in picks.items() if allowed(pick[0])}
 

@@ -130,7 +130,7 @@ def _write_worst(axes, found) -> None:
         for number, one in enumerate(worst_layers(found.layers)[:NAMED], start=1)
     ]
     if lines:
-        text = "\n".join(["Most noise for their signal:", *lines])
+        text = "\n".join(["Worst layers:", *lines])
         axes.text(-0.08, 1, text, va="top", family="monospace", fontsize=13, linespacing=1.35)
 
 

@@ -16,6 +16,8 @@ FOUR_BITS = ("nvfp4", "int4", "w4a8")
 
 def decibels(value: float) -> str:
     """A ratio in dB as text."""
+    if math.isnan(value):
+        return "not a number"
     if value == math.inf:
         return "exact"
     return "no signal left" if value == -math.inf else f"{value:.1f} dB"
@@ -61,9 +63,16 @@ def advice(layer: object, kind: str) -> str:
     return "skip it"
 
 
+def stands_out(one, middle: dict) -> bool:
+    """Whether a layer is far below the others of its kind and format. middle: of `medians`."""
+    return one.energy.db < middle[one.kind, layer_words(one.layer)][0] - APART
+
+
 def worst_layers(layers: Sequence) -> list:
-    """The WORST layers with most noise for their signal, the worst first."""
-    return sorted(layers, key=lambda one: one.energy.db)[:WORST]
+    """WORST layers: those that stand out, then those with most noise for their signal, each the worst
+    first. A damaged layer of 8 bits is still nearer to the original than a sound one of 4."""
+    middle = medians(layers)
+    return sorted(layers, key=lambda one: (not stands_out(one, middle), one.energy.db))[:WORST]
 
 
 def compare_report(found) -> str:
@@ -111,14 +120,18 @@ def _picture_lines(found) -> list[str]:
         ]
     worst = min(found.likeness)
     where = "decoded by the VAE" if found.images else "of the latents, as no VAE is connected"
-    mean = [statistics.fmean(values) for values in zip(*found.likeness, strict=True)]
+    # of all pixels together: in dB, one identical picture would make the mean infinite
+    errors = [10 ** (-psnr / 10) for psnr, _ in found.likeness]
+    error = statistics.fmean(errors)
+    whole = math.inf if error == 0 else -10 * math.log10(error)
+    alike = statistics.fmean(ssim for _, ssim in found.likeness)
     lines = [
-        f"Same-seed pictures, {where}: PSNR {decibels(mean[0])}, SSIM {mean[1]:.3f} (1 is identical)",
+        f"Same-seed pictures, {where}: PSNR {decibels(whole)}, SSIM {alike:.3f} (1 is identical)",
         f"  seed {made.seed}, {made.steps} steps, cfg {made.cfg:g}, {made.sampler_name}, "
         f"{made.scheduler}, denoise {made.denoise:g}",
     ]
     if len(found.likeness) > 1:
-        lines[0] += f", mean of {len(found.likeness)}"
+        lines[0] += f", of {len(found.likeness)} together"
         lines.append(f"  worst of them: PSNR {decibels(worst[0])}, SSIM {worst[1]:.3f}")
     return lines
 
@@ -139,15 +152,15 @@ def _layer_lines(found) -> list[str]:
             f"  {counted(count, KINDS[kind] + ' layer')} in {words}: median {decibels(db)}"
             for (kind, words), (db, count) in middle.items()
         ),
-        "Those with most noise:",
+        "Those that stand out, then those with most noise:"
+        if any(stands_out(one, middle) for one in layers)
+        else "Those with most noise:",
     ]
     worst = worst_layers(layers)
     for number, one in enumerate(worst, start=1):
-        db, words = one.energy.db, layer_words(one.layer)
-        apart = db < middle[one.kind, words][0] - APART
         lines.append(
-            f"  {number}. {decibels(db)}  {one.name} ({words})"
-            + (f": stands out; {advice(one.layer, one.kind)}" if apart else "")
+            f"  {number}. {decibels(one.energy.db)}  {one.name} ({layer_words(one.layer)})"
+            + (f": stands out; {advice(one.layer, one.kind)}" if stands_out(one, middle) else "")
         )
     share = sum(one.weights for one in worst) / sum(one.weights for one in layers)
     how = sorted({advice(one.layer, one.kind) for one in worst})

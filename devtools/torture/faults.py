@@ -233,7 +233,7 @@ def says_file(error: BaseException | None) -> str | None:
 
 def memory_rows(its: Subject, effort: Effort, say: Callable[[str], None]) -> list[Row]:
     rows = []
-    for job in ("record", "quantize", "auto-quantize", "compare", "load"):
+    for job in ("record", "quantize", "plan", "auto-quantize", "compare", "load"):
         lines = count(its, job, allocations, line)
         every = of_each_line(lines)
         where = [every[i] for i in chosen(len(every), effort)]

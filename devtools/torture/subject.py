@@ -75,6 +75,7 @@ class Subject:
         self.jobs: dict[str, Callable[[], int]] = {
             "record": self.record,
             "quantize": self.quantize,
+            "plan": self.plan,
             "auto-quantize": self.auto,
             "compare": self.compare,
             "save": self.save,
@@ -112,6 +113,10 @@ class Subject:
         quantized = pack("loaders.unet").load(made.checkpoint)
         engine.measure(made, quantized)
         return checksum([made.checkpoint.tensors, made.checkpoint.header["quality"]])
+
+    def plan(self) -> int:
+        text, figures = pack("nodes.planning").plan(self.model, self.recipe(), self.fresh())
+        return checksum([figures["file_bytes"], "quantize" in text])
 
     def auto(self, calibration: Any = None) -> int:
         auto = pack("quantize.auto")

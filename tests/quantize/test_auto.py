@@ -189,7 +189,7 @@ def test_the_recipe_gives_the_same_file(search, sizes, sd15, calibration, tmp_pa
 def test_a_second_target_measures_nothing_anew(search, sizes):
     told = []
     search(Goal("bits", 7.0), tell=told.append)
-    assert not [text for text in told if "Sensitivity" in text]
+    assert not [text for text in told if "Sensitivity" in text or "can be made" in text]
     assert told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -13,13 +14,13 @@ import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfyui_modelopt.devtools import synthetic
-from comfyui_modelopt.formats.checkpoint import QuantizedCheckpoint
+from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
 from comfyui_modelopt.kernels import backends
 from comfyui_modelopt.loaders import info
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.loaders.fused import FusedResBlock
 from comfyui_modelopt.nodes.compare import Compare, settings_of
-from comfyui_modelopt.quantize import compare, engine, local, pictures
+from comfyui_modelopt.quantize import compare, engine, local, pictures, quality
 from comfyui_modelopt.quantize.calibration import Calibration
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils.compare_report import compare_report, worst_layers
@@ -215,6 +216,66 @@ def test_a_layer_damaged_on_purpose_is_named_worst(sd15, quantized, short, name)
     text = compare_report(found)
     assert f"1. {first.energy.db:.1f} dB  {name} (int8): stands out; " in text
     assert text.splitlines()[-8] == name
+
+
+def layer_result(number: int, form: str, db: float) -> compare.LayerResult:
+    energy = quality.Energy(1.0, 10 ** (-db / 10))
+    return compare.LayerResult(f"{form}.{number}", Layer(form, "linear"), "linear", 100, energy)
+
+
+def test_a_damaged_layer_of_8_bits_is_named_before_sound_ones_of_4():
+    layers = [layer_result(i, "int4", 18.0 + 0.1 * i) for i in range(10)]
+    layers += [layer_result(i, "int8", 40.0 + 0.1 * i) for i in range(9)]
+    layers.insert(5, layer_result(9, "int8", 20.0))
+    named = [one.name for one in worst_layers(layers)]
+    assert named == ["int8.9", *(f"int4.{i}" for i in range(7))]
+    step = compare.Step(500.0, 1.0, 1, quality.Energy(1.0, 0.01))
+    text = compare_report(compare.Compared([step], step, layers))
+    assert "Those that stand out, then those with most noise:" in text
+    assert "  1. 20.0 dB  int8.9 (int8): stands out; smoothquant, or skip it" in text
+    assert text.count("stands out") == 1
+
+
+def test_psnr_of_several_pictures_is_that_of_all_pixels(sd15):
+    """One that is identical does not make it exact."""
+    step = compare.Step(500.0, 1.0, 1, quality.Energy(1.0, 0.01))
+    likeness = [(math.inf, 1.0), (20.0, 0.5)]
+    made = compare.Compared(
+        [step], step, [], likeness=likeness, settings=pictures.Settings([], [], {})
+    )
+    assert "PSNR 23.0 dB, SSIM 0.750 (1 is identical), of 2 together" in compare_report(made)
+    assert "worst of them: PSNR 20.0 dB, SSIM 0.500" in compare_report(made)
+    broken = compare.Compared(
+        [step], step, [], likeness=[(math.nan, math.nan)], settings=pictures.Settings([], [], {})
+    )
+    assert "PSNR not a number" in compare_report(broken)
+
+
+# ---- MODELs that give NaN
+
+
+@pytest.fixture(scope="module")
+def broken(quantized):
+    """A quantized checkpoint whose output is NaN."""
+    checkpoint = quantized(INT8).checkpoint
+    key = "out.2.bias"  # behind the last layer that quantizes, which would make a number of it
+    tensors = checkpoint.tensors | {key: torch.full_like(checkpoint.tensors[key], math.nan)}
+    return QuantizedCheckpoint(tensors, checkpoint.layers, dict(checkpoint.header))
+
+
+def test_nan_is_said(sd15, broken, short):
+    found = compared((sd15[0], loader.load(broken)), short)
+    assert "gives NaN or infinity on 2 of 2 recorded calls" in compare_report(found)
+    json.loads(json.dumps(found.figures(), allow_nan=False))
+
+
+def test_a_quantized_unet_that_gives_nan_is_refused(quantized, broken):
+    """Its figures would be no JSON, and its pictures black."""
+    made = dataclasses.replace(quantized(INT8), checkpoint=broken, figures=None)
+    with pytest.raises(ValueError, match="NaN or infinity on call 1 of .*choose another format"):
+        engine.measure(made, loader.load(broken))
+    assert made.figures is None
+    assert "quality" not in broken.header
 
 
 # ---- MODELs of all kinds

@@ -13,7 +13,7 @@ import pytest
 from comfyui_modelopt.formats import files
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import calibration as calibration_file
-from comfyui_modelopt.quantize import engine
+from comfyui_modelopt.quantize import engine, mixed
 from comfyui_modelopt.quantize.calibration import Calibration
 from comfyui_modelopt.quantize.recipe import Recipe
 
@@ -26,6 +26,16 @@ RECIPES = {
     "int4": Recipe("int4", "awq_lite", layers="linear only", skip=MIDDLE),
     "svd": Recipe("int4", "svdquant", rank=4, layers="linear only", skip=MIDDLE),
     "stock": Recipe("fp8", "max", layers="linear only"),
+    "mix": mixed.Mixed(
+        (Recipe("int4", "awq_lite"), Recipe("int8", "smoothquant"), Recipe("fp8", "mse")),
+        {
+            "input_blocks.1.1.transformer_blocks.0.ff.net.2": 0,
+            "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0": 0,
+            "middle_block.0.in_layers.2": 0,
+            "input_blocks.1.1.transformer_blocks.0.attn1.to_q": 1,
+            "middle_block.0.out_layers.3": 2,
+        },
+    ),
 }
 ELSEWHERE = f"""
 import sys

@@ -197,6 +197,7 @@ MEASURED = [
     Recipe("int8", layers=LINEAR_ONLY),
     Recipe("int8", "smoothquant"),
     Recipe("int8", "mse", layers=LINEAR_ONLY),
+    Recipe("fp8"),
     Recipe("fp8", "max"),
     Recipe("nvfp4", "max"),
     Recipe("nvfp4", "max", layers=LINEAR_ONLY),

@@ -163,6 +163,7 @@ def test_what_is_refused_cannot_be_loaded():
 @pytest.mark.parametrize("card", CARDS)
 def test_recommendations_run_natively(card):
     picks = capability.recommend(CARDS[card])
+    assert picks["smallest file"][0] == "int4"  # nvfp4's are larger
     assert picks["fastest picture"][0] == FASTEST.get(card, "nvfp4")
     for name, reason in picks.values():
         assert reason
