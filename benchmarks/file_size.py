@@ -240,8 +240,8 @@ HEAD = (
 
 EARLIER = r" \*"
 FOOT = (
-    rf"{EARLIER.strip()} measured earlier, with what a process takes once. Seconds are wall time: what "
-    "else the machine did counts."
+    rf"{EARLIER.strip()} measured earlier, with the C library's ordinary heap and what a process takes "
+    "once. Seconds are wall time: what else the machine did counts."
 )
 
 

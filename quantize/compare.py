@@ -153,11 +153,12 @@ def compare(
             "The reference MODEL is quantized itself: figures are against it, not against the "
             "original in 16 bits."
         )
-    if broken := sum(not bool(torch.isfinite(one).all()) for one in found):
-        made.notes.append(
-            f"The quantized MODEL gives NaN or infinity on {broken} of {len(found)} recorded calls: "
-            "its pictures cannot be used."
-        )
+    for which, results in (("reference", wanted), ("quantized", found)):
+        if broken := sum(not bool(torch.isfinite(one).all()) for one in results):
+            made.notes.append(
+                f"The {which} MODEL gives NaN or infinity on {broken} of {len(results)} recorded "
+                "calls: its pictures cannot be used."
+            )
     if settings is not None:
         with torch.no_grad():
             _judge(made, [one["samples"] for one in latents], sampling)

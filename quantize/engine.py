@@ -233,7 +233,8 @@ def _check_quantized(outputs: list[torch.Tensor]) -> None:
             raise ValueError(
                 "the quantized UNet must give finite numbers on the recorded calls, it gives NaN or "
                 f"infinity on call {number} of the {len(outputs)} looked at, which the original does "
-                "not: choose another format, or skip more layers (Compare Quantized names the worst)"
+                "not: choose another format or algorithm, skip more layers, or start ComfyUI with "
+                "--force-fp32"
             )
 
 

@@ -118,7 +118,7 @@ def _picture_lines(found) -> list[str]:
         return [
             "Pictures: none. Connect positive, negative, latent_image (and vae) to sample some."
         ]
-    worst = min(found.likeness)
+    worst = min(found.likeness, key=lambda one: -math.inf if math.isnan(one[0]) else one[0])
     where = "decoded by the VAE" if found.images else "of the latents, as no VAE is connected"
     # of all pixels together: in dB, one identical picture would make the mean infinite
     errors = [10 ** (-psnr / 10) for psnr, _ in found.likeness]

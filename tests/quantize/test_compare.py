@@ -246,9 +246,13 @@ def test_psnr_of_several_pictures_is_that_of_all_pixels(sd15):
     assert "PSNR 23.0 dB, SSIM 0.750 (1 is identical), of 2 together" in compare_report(made)
     assert "worst of them: PSNR 20.0 dB, SSIM 0.500" in compare_report(made)
     broken = compare.Compared(
-        [step], step, [], likeness=[(math.nan, math.nan)], settings=pictures.Settings([], [], {})
+        [step],
+        step,
+        [],
+        likeness=[(20.0, 0.5), (math.nan, math.nan)],
+        settings=pictures.Settings([], [], {}),
     )
-    assert "PSNR not a number" in compare_report(broken)
+    assert compare_report(broken).count("PSNR not a number") == 2  # of all, and the worst
 
 
 # ---- MODELs that give NaN
@@ -267,6 +271,8 @@ def test_nan_is_said(sd15, broken, short):
     found = compared((sd15[0], loader.load(broken)), short)
     assert "gives NaN or infinity on 2 of 2 recorded calls" in compare_report(found)
     json.loads(json.dumps(found.figures(), allow_nan=False))
+    report = compare_report(compared((loader.load(broken), loader.load(broken)), short))
+    assert report.count("gives NaN or infinity on 2 of 2 recorded calls") == 2
 
 
 def test_a_quantized_unet_that_gives_nan_is_refused(quantized, broken):
