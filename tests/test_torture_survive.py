@@ -79,13 +79,10 @@ def test_allocations_of_the_campaign_itself_are_none_of_the_pack():
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out(its):
-    where = some(
-        faults.of_each_line(points.count(its, "quantize", faults.allocations, faults.line)), 6
-    )
-    trial = points.Trial(
-        its, "quantize", faults.allocations, faults.out_of_memory, faults.says_memory
-    )
+@pytest.mark.parametrize("job", ["quantize", "plan"])
+def test_memory_that_runs_out(its, job):
+    where = some(faults.of_each_line(points.count(its, job, faults.allocations, faults.line)), 6)
+    trial = points.Trial(its, job, faults.allocations, faults.out_of_memory, faults.says_memory)
     ended_well(trial.rows("faults", "memory", where, Effort(), "right"), len(where))
 
 
