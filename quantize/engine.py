@@ -29,13 +29,16 @@ CLIP_RECORDS = 4
 # progress of one UNet call, where copying or packing one layer is 1
 CALL = 20
 # what to do about a UNet that gives NaN or infinity
+# rule and value found; what to do
 ORIGINAL_GIVES_NAN = (
+    "the UNet must give finite numbers on the recorded calls, it gives NaN or infinity",
     "try another precision (--force-fp32 or bf16), or record with other settings; if KSampler alone "
-    "gives a black picture whatever the settings, get another copy of the checkpoint"
+    "gives a black picture whatever the settings, get another copy of the checkpoint",
 )
 QUANTIZED_GIVES_NAN = (
+    "the quantized UNet must give finite numbers on the recorded calls, it gives NaN or infinity",
     "the original does not; choose another format or algorithm, skip more layers, or start ComfyUI "
-    "with --force-fp32"
+    "with --force-fp32",
 )
 
 
@@ -117,7 +120,7 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
                 bridge.check_resident(unet, device, search, "choose the algorithm max")
             detail(f"The original: {len(chosen)} UNet calls")
             references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
-            _check_outputs(references, "the UNet", ORIGINAL_GIVES_NAN)
+            _check_outputs(references, ORIGINAL_GIVES_NAN)
 
             places = {id(record): _place(run, record) for run in runs for record in run.records}
             waiting = iter(replayed)
@@ -181,7 +184,7 @@ def measure(quantized: Quantized, model) -> None:
         step = quantized.step
         detail(f"The quantized model: {len(quantized.records)} UNet calls")
         outputs = bridge.run_loaded(model, quantized.records, lambda: step(CALL))
-    _check_outputs(outputs, "the quantized UNet", QUANTIZED_GIVES_NAN)
+    _check_outputs(outputs, QUANTIZED_GIVES_NAN)
     quantized.figures = quality.summary(quantized.references, outputs)
     quantized.checkpoint.header["quality"] = quantized.figures
 
@@ -225,13 +228,11 @@ def _place(run, record) -> float:
     return int(record.index * steps / max(run.calls, 1)) / max(steps, 1)
 
 
-def _check_outputs(outputs: list[torch.Tensor], which: str, remedy: str) -> None:
+def _check_outputs(outputs: list[torch.Tensor], words: tuple[str, str]) -> None:
+    rule, remedy = words
     for number, output in enumerate(outputs, start=1):
         if not bool(torch.isfinite(output).all()):
-            raise ValueError(
-                f"{which} must give finite numbers on the recorded calls, it gives NaN or infinity "
-                f"on call {number} of the {len(outputs)} looked at: {remedy}"
-            )
+            raise ValueError(f"{rule} on call {number} of the {len(outputs)} looked at: {remedy}")
 
 
 def _check_finite(unet: torch.nn.Module, layers: Iterable[str], step: Callable[[], None]) -> None:
