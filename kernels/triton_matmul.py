@@ -121,7 +121,7 @@ def matmul(a, b0, b1, b2, a_scale, s0, s1, s2, bias0, bias1, bias2, residual, ou
         else:
             x = tl.load(a_at + i * BK, mask=(inner < k - i * BK)[None, :], other=0.0)
             w = tl.load(b_at + i * BK, mask=(inner < k - i * BK)[:, None], other=0.0)
-        acc = tl.dot(x, w, acc)
+        acc = tl.dot(x, w, acc, out_dtype=acc.dtype)
     if SPLIT > 1:
         at = (part * m + rows).to(tl.int64)[:, None] * n + cols[None, :]
         tl.store(out + at, acc, mask=(rows < m)[:, None] & (cols < n)[None, :])
@@ -155,8 +155,8 @@ def matmul_geglu(a, b, a_scale, b_scale, bias, out, out_scale, m, n, k, INTEGER:
             x = tl.load(a_at + i * BK, mask=(inner < k - i * BK)[None, :], other=0.0)
             w = tl.load(b_at + i * BK, mask=(inner < k - i * BK)[:, None], other=0.0)
             g = tl.load(g_at + i * BK, mask=(inner < k - i * BK)[:, None], other=0.0)
-        value = tl.dot(x, w, value)
-        gate = tl.dot(x, g, gate)
+        value = tl.dot(x, w, value, out_dtype=value.dtype)
+        gate = tl.dot(x, g, gate, out_dtype=gate.dtype)
     gate_scale = b_scale + n if PER_CHANNEL else b_scale
     y = _dequantized(
         value, b_scale, bias, rows, cols, m, n, PER_CHANNEL, a_scale, PER_ROW, HAS_BIAS
@@ -211,7 +211,7 @@ def conv2d(x, w, x_scale, w_scale, bias, row_bias, residual, out, out_scale,
             real = inner < channels - first
             a = tl.load(x_at, mask=seen[:, None] & real[None, :], other=0.0)
             b = tl.load(w_at + tap * channels + first, mask=real[:, None], other=0.0)
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc, out_dtype=acc.dtype)
     if SPLIT > 1:
         at = (part * m + rows).to(tl.int64)[:, None] * n + cols[None, :]
         tl.store(out + at, acc, mask=(rows < m)[:, None] & (cols < n)[None, :])
