@@ -79,9 +79,9 @@ def conv2d(
     p = (height + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
     q = (width + 2 * padding[1] - dilation[1] * (s - 1) - 1) // stride[1] + 1
     m = images * p * q
-    # 256 columns would leave too few registers for the pixels' addresses
+    integer = gemm.INTEGER[x.dtype]
     chosen = tiles.choose(
-        tiles.example(m), n, channels, tiles.chip(x.device), taps=r * s, widest=128
+        tiles.example(m), n, channels, tiles.chip(x.device), taps=r * s, integer=integer
     )
     out = torch.empty((images, n, p, q), device=x.device, dtype=out_kind or dtype,
                       memory_format=NHWC)  # fmt: skip
@@ -112,7 +112,7 @@ def conv2d(
         *dilation,
         r,
         s,
-        gemm.INTEGER[x.dtype],
+        integer,
         gemm.DTYPES[dtype],
         w_scale.numel() > 1,
         bias is not None,

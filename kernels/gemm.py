@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from . import fp8, int8, producers, tiles
+from . import fp8, int8, library, producers, tiles
 
 INTEGER = {torch.int8: True, torch.float8_e4m3fn: False}
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -81,10 +81,12 @@ def scaled_mm(
     out_scale: torch.Tensor | None = None,
     launch: Callable | None = None,
 ) -> torch.Tensor:
-    """`scaled_mm_reference` in Triton."""
+    """`scaled_mm_reference` in Triton, or in cuBLASLt where that is faster."""
     from . import triton_matmul as kernels
 
     a, b = a.contiguous(), b.contiguous()
+    if library.takes(a, b, a_scale, b_scale, dtype, out_kind, residual):
+        return library.fp8_mm(a, b, a_scale, b_scale, bias, residual, dtype)
     residual = None if residual is None else residual.contiguous()
     m, (n, k) = a.shape[0], b.shape  # a weight's sizes are no symbols while torch.compile traces
     chosen = tiles.choose(tiles.example(m), n, k, tiles.chip(a.device))
@@ -206,7 +208,10 @@ def scaled_mm_geglu(
 
     a, b = a.contiguous(), b.contiguous()
     m, k, n = a.shape[0], b.shape[1], b.shape[0] // 2
-    chosen = tiles.choose(tiles.example(m), n, k, tiles.chip(a.device), weights=2, splits=False)
+    integer = INTEGER[a.dtype]
+    chosen = tiles.choose(
+        tiles.example(m), n, k, tiles.chip(a.device), weights=2, integer=integer, splits=False
+    )
     out = torch.empty((m, n), device=a.device, dtype=out_kind or dtype)
     args = (
         a,

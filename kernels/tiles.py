@@ -1,7 +1,7 @@
 """Tile sizes for the matrix kernels: the candidate whose modelled time is least on this GPU.
 
-The model is a count of waves over the multiprocessors, with a relative rate for each tile. It stands
-in for measurements; `benchmarks/` is where a GPU's own are taken.
+On GPUs of a generation that was measured (`MEASURED`) the model is fitted to those times; on others it
+is a count of waves over the multiprocessors, with a relative rate for each tile.
 """
 
 from __future__ import annotations
@@ -33,6 +33,46 @@ class Chip:
     shared: int
 
 
+# kernel -> (bm, bn, bk, warps, stages) -> microseconds a launch, a program and a step of the inner
+# dimension in it, where a multiprocessor runs its programs one after another. Fitted by
+# benchmarks/tiles.py to its times of SDXL's and SD1.5's layers on an H200. Two programs of at most 3
+# stages share a multiprocessor: one stores its tile while the other multiplies.
+HOPPER = {
+    "matmul": {
+        (64, 64, 128, 4, 4): (3.31, 0.71, 0.139),
+        (64, 128, 128, 4, 4): (2.97, 1.34, 0.196),
+        (128, 128, 128, 8, 3): (3.39, 2.12, 0.282),
+        (128, 128, 64, 4, 4): (0.0, 0.0, 0.615),
+        (64, 128, 64, 4, 4): (0.0, 0.0, 0.318),
+    },
+    "geglu int8": {
+        (64, 128, 128, 4, 4): (2.84, 1.84, 0.229),
+        (128, 128, 128, 8, 3): (0.79, 3.83, 0.528),
+        (128, 256, 128, 8, 4): (0.60, 7.0, 0.854),
+        (64, 128, 64, 4, 4): (0.0, 0.0, 0.415),
+        (128, 128, 64, 4, 4): (0.0, 0.0, 0.824),
+    },
+    "geglu fp8": {
+        (64, 128, 128, 4, 4): (2.99, 1.78, 0.205),
+        (128, 128, 128, 8, 3): (2.89, 2.87, 0.329),
+        (128, 256, 128, 8, 4): (0.36, 6.83, 0.634),
+        (64, 128, 64, 4, 4): (0.0, 0.0, 0.378),
+        (128, 128, 64, 8, 3): (0.0, 0.0, 0.745),
+    },
+    "conv2d": {
+        (64, 64, 64, 4, 4): (5.30, 0.19, 0.126),
+        (64, 64, 128, 4, 4): (4.53, 0.54, 0.213),
+        (64, 128, 64, 4, 4): (6.43, 0.0, 0.188),
+        (64, 128, 128, 4, 4): (5.46, 0.0, 0.351),
+        (128, 128, 64, 4, 4): (1.31, 1.36, 0.321),
+        (128, 128, 128, 8, 3): (8.05, 0.0, 0.573),
+        (128, 256, 128, 8, 4): (1.52, 6.81, 1.042),
+    },
+}
+# the first number of the compute capability -> what was measured there
+MEASURED = {9: HOPPER}
+# microseconds for a million partial sums, there
+PARTIAL_US = 3.0
 # (bm, bn, warps) -> relative rate of a multiprocessor. WIDE: Hopper and data-centre Blackwell, whose
 # matrix units read their operands from shared memory; NARROW: the others.
 WIDE = {
@@ -71,17 +111,59 @@ def example(size) -> int:
     return int(node.hint) if node.hint is not None else UNKNOWN_SIZE
 
 
+def kernel_name(integer: bool, taps: int, weights: int) -> str:
+    """Of HOPPER's tables."""
+    if weights > 1:
+        return "geglu int8" if integer else "geglu fp8"
+    return "matmul" if taps == 0 else "conv2d"
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(
-    m: int, n: int, inner: int, on: Chip, taps: int = 1, weights: int = 1, widest: int = 256,
+    m: int, n: int, inner: int, on: Chip, taps: int = 0, weights: int = 1, integer: bool = True,
     splits: bool = True,
 ) -> Tiles:  # fmt: skip
     """Tiles for [m, taps * inner] x [n, taps * inner].
 
-    taps: of a convolution's kernel, each a sum over `inner` channels. weights: tiles of weights a
-    program holds at once. widest: the largest bn. splits: whether programs may share a sum.
+    taps: of a convolution's kernel, each a sum over `inner` channels; 0: no convolution. weights:
+    tiles of weights a program holds at once. integer: int8, else fp8. splits: whether programs may
+    share a sum.
     """
+    known = MEASURED.get(on.capability[0])
+    if known is None:
+        return _modelled(m, n, inner, on, taps, weights, splits)
+    rates = known[kernel_name(integer, taps, weights)]
+    return _fitted(m, n, inner, on, taps, weights, splits, rates)
+
+
+def _shares(tiles: int, steps: int, on: Chip, splits: bool) -> list[int]:
+    """Programs that may share one sum."""
+    allowed = (
+        split for split in SPLITS if steps >= LEAST_STEPS * split and tiles * split <= 2 * on.sms
+    )
+    return list(dict.fromkeys((1, *(allowed if splits else ()))))
+
+
+def _fitted(m, n, inner, on: Chip, taps: int, weights: int, splits: bool, rates) -> Tiles:
+    best, least = None, float("inf")
+    for (bm, bn, bk, warps, stages), (launch, program, step) in rates.items():
+        if stages * (bm + bn) * bk > on.shared or (bk > inner and bk > 64):
+            continue
+        tiles = -(-m // bm) * -(-n // (bn // weights))
+        steps = max(taps, 1) * -(-inner // bk)
+        for split in _shares(tiles, steps, on, splits):
+            time = launch + -(-tiles * split // on.sms) * (program + -(-steps // split) * step)
+            if split > 1:
+                time += PARTIAL_US * split * m * n / 1e6
+            if time < least:
+                least, best = time, Tiles(bm, bn // weights, bk, warps, stages, split)
+    return best or _modelled(m, n, inner, on, taps, weights, splits)
+
+
+def _modelled(m, n, inner, on: Chip, taps: int, weights: int, splits: bool) -> Tiles:
     wide = on.capability[0] in (9, 10)
+    # 256 columns would leave a convolution too few registers for its pixels' addresses
+    widest = 128 if taps else 256
     bk = 128 if inner % 128 == 0 or inner % 64 or inner < 64 else 64
     best, least = None, float("inf")
     for (bm, bn, warps), rate in (WIDE if wide else NARROW).items():
@@ -89,10 +171,8 @@ def choose(
         if stages < 2 or bn > widest:
             continue
         tiles = -(-m // bm) * -(-n // (bn // weights))
-        steps = taps * -(-inner // bk)
-        for split in SPLITS if splits else (1,):
-            if split > 1 and (steps < LEAST_STEPS * split or tiles * split > 2 * on.sms):
-                continue
+        steps = max(taps, 1) * -(-inner // bk)
+        for split in _shares(tiles, steps, on, splits):
             work = -(-steps // split) * bk * bm * bn / rate + PROGRAM_COST
             time = -(-tiles * split // on.sms) * work
             if split > 1:

@@ -92,7 +92,7 @@ def geglu(kind, capability, m, n, k) -> Request:
 
 def conv(kind, capability, images, size, c, k, stride=1) -> Request:
     m = images * (size // stride) ** 2
-    chosen = tiles.choose(m, k, c, chip(capability), taps=9, widest=128)
+    chosen = tiles.choose(m, k, c, chip(capability), taps=9, integer=kind == "int8")
     p = POINTER[kind]
     integers = ("images", "height", "width", "p", "q", "stride_h", "stride_w", "pad_h", "pad_w",
                 "step_h", "step_w")  # fmt: skip
