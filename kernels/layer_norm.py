@@ -51,6 +51,6 @@ def layer_norm_quantize(
     out = producers.new_scale(x, m, scale)
     kernel[(-(-m // rows),)](
         x, weight, bias, pre_quant_scale, out, q, m, k, eps, rows, columns, scale is None,
-        num_warps=producers.warps(rows, columns),
+        num_warps=producers.warps(rows, columns, True),
     )  # fmt: skip
     return q, out

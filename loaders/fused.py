@@ -26,7 +26,7 @@ from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.nn import functional as F
 
-from .ops import QuantizedOp, untouched
+from .ops import QuantizedOp, resident, untouched
 
 NHWC = torch.channels_last
 # patches of a transformer block, by their names in `transformer_options["patches"]`
@@ -97,6 +97,9 @@ def _producer(layer: QuantizedOp, device: torch.device) -> tuple:
 
 
 def _norm_weights(norm: torch.nn.Module, x: torch.Tensor) -> tuple:
+    weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+    if weight is not None and weight.dtype == x.dtype and resident(norm, x.device, x.dtype):
+        return weight, bias, None
     return comfy.ops.cast_bias_weight(norm, x, offloadable=True)
 
 

@@ -154,6 +154,8 @@ class QuantizedOp:
 
     def cast(self, device: torch.device, dtype: torch.dtype):
         """The quantized weight and the bias on `device`, and what `uncast` takes besides."""
+        if resident(self, device, dtype):
+            return self._parameters["weight"], self._parameters["bias"], None
         return comfy.ops.cast_bias_weight(
             self,
             device=device,
@@ -194,7 +196,16 @@ class QuantizedOp:
     def input_scale_on(self, device: torch.device) -> torch.Tensor | None:
         """The calibrated activation scale; None where each token has its own."""
         scale = getattr(self, "input_scale", None)
-        return None if scale is None else scale.to(device)
+        return scale if scale is None or scale.device == device else scale.to(device)
+
+
+def resident(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ComfyUI's `cast_bias_weight` would give weight and bias as they are, which it takes its
+    time to find out: they lie on `device`, the bias in `dtype`, and no patch waits for either."""
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if module.weight_function or module.bias_function or weight.device != device:
+        return False
+    return bias is None or (bias.device == device and bias.dtype == dtype)
 
 
 def untouched(module: torch.nn.Module) -> bool:

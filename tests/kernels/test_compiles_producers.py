@@ -12,7 +12,8 @@ TYPES = {"int8": "*i8", "fp8": "*fp8e4nv"}
 
 
 def rows(function, k, kind, capability, per_token, scaled=False, x="*fp16", odd=()):
-    tile = producers.tile(k, per_token or function == "layer_norm")
+    whole_row = per_token or function == "layer_norm"
+    tile = producers.tile(k, whole_row)
     first = "h" if function == "geglu" else "x"
     arguments = {first: x, "scale": "*fp32", "q": TYPES[kind], "m": "i32", "k": "i32"}
     if function == "layer_norm":
@@ -22,7 +23,7 @@ def rows(function, k, kind, capability, per_token, scaled=False, x="*fp16", odd=
         arguments["pre_quant_scale"] = "*fp32"
     else:
         constexprs["pre_quant_scale"] = None
-    warps = producers.warps(*tile)
+    warps = producers.warps(*tile, whole_row)
     module = "kernels.triton_quantize"
     return Request(module, function, arguments, constexprs, capability, warps, odd=odd)
 
@@ -40,7 +41,7 @@ def statistics(channels, pixels, capability, x="*fp16"):
         "COLUMNS": columns,
     }
     arguments = {"x": x, "partial": "*fp32", "pixels": "i32", "channels": "i32"}
-    warps = producers.warps(lines, columns)
+    warps = producers.warps(lines, columns, False)
     module = "kernels.triton_group_norm"
     return Request(module, "statistics", arguments, constexprs, capability, warps)
 
@@ -71,7 +72,7 @@ def normalize(channels, pixels, kind, capability, per_token, x="*fp16"):
         arguments,
         constexprs,
         capability,
-        producers.warps(*tile),
+        producers.warps(*tile, per_token),
         odd=("images", "length"),
     )
 

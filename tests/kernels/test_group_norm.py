@@ -84,7 +84,7 @@ def test_statistics_do_not_cancel(run, offset):
     normal = ((wide - mean) / variance.sqrt()).reshape(x.shape)
     q, _ = run(x, 32, None, None, 1e-5, False, "int8", torch.tensor(0.04))
     # half a step, and four units in the last place of 10,000 for the mean
-    assert (q.double() - normal / 0.04).abs().max() < 0.6
+    assert (q.double() - (normal / 0.04).clamp(-128, 127)).abs().max() < 0.6
     if offset:
         narrow = x.reshape(2, 32, -1)
         naive = (narrow * narrow).mean(2) - narrow.mean(2) ** 2

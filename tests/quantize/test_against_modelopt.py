@@ -85,10 +85,11 @@ def case(request, sd15, calibration):
         theirs = fake_quantized(sd15[0], recipe, records_of(calibration))
     for name, layer in made.checkpoint.layers.items():
         if layer.input_amax is not None:
-            # two calibrations may differ in the last place of float32, as two runs of the same
-            # GEMM may; from here on both UNets have the same
+            # two calibrations may differ in the last place of what the UNet computes in, as two runs
+            # of the same GEMM may; from here on both UNets have the same
             quantizer = theirs.get_submodule(name).input_quantizer
-            assert quantizer.amax.item() == pytest.approx(layer.input_amax, rel=1e-5)
+            places = 2.0**-9 if torch.cuda.is_available() else 1e-5  # fp16 there, float32 here
+            assert quantizer.amax.item() == pytest.approx(layer.input_amax, rel=places)
             quantizer.amax = torch.tensor(layer.input_amax)
     return recipe, made, theirs
 
