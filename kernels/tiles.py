@@ -147,7 +147,8 @@ def _shares(tiles: int, steps: int, on: Chip, splits: bool) -> list[int]:
 def _fitted(m, n, inner, on: Chip, taps: int, weights: int, splits: bool, rates) -> Tiles:
     best, least = None, float("inf")
     for (bm, bn, bk, warps, stages), (launch, program, step) in rates.items():
-        if stages * (bm + bn) * bk > on.shared or (bk > inner and bk > 64):
+        # 64 was measured only where 128 does not divide the dimension
+        if stages * (bm + bn) * bk > on.shared or (bk == 64 and inner % 128 == 0):
             continue
         tiles = -(-m // bm) * -(-n // (bn // weights))
         steps = max(taps, 1) * -(-inner // bk)

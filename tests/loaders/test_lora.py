@@ -104,7 +104,9 @@ def test_the_delta_arrives_whole_in_every_layer(made, scale, checkpoints, tmp_pa
         wanted = comfy.lora.calculate_weight(model.patches[key], dense.clone(), key) - dense
         after = model.patch_weight_to_device(key, return_weight=True)
         got = after.dequantize() - dense
-        assert (got - wanted).norm() < 0.01 * wanted.norm(), key
+        # a GPU adds in 16 bits, whose steps are those of the weight
+        rounding = torch.finfo(dense.dtype).eps * dense.float().norm()
+        assert (got - wanted).float().norm() < 0.01 * wanted.float().norm() + rounding, key
 
 
 def test_taking_the_lora_off_restores_every_bit(made, lora):
@@ -122,12 +124,12 @@ def test_lowvram_patches_give_nearly_the_same(made, lora):
     whole = run(model, made)
     model.load(comfy.model_management.get_torch_device(), lowvram_model_memory=1)
     assert model.model.model_lowvram
-    unet = model.model.diffusion_model
+    unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
     with torch.no_grad():
         parts = []
         for record in made.records[::3]:
-            args, kwargs = record.arguments()
-            parts.append(unet(*args, **kwargs).float().flatten())
+            args, kwargs = record.arguments(model.load_device, dtype)
+            parts.append(unet(*args, **kwargs).float().cpu().flatten())
     model.unpatch_model()
     partial = torch.cat(parts)
     # patched layers run dequantized there, so the two differ by activation rounding only
