@@ -41,6 +41,6 @@ def quantize_rows(
     grid = (-(-m // rows) * -(-k // columns),)
     kernel[grid](
         x, pre_quant_scale, out, q, m, k, rows, columns, scale is None,
-        num_warps=producers.warps(rows, columns, scale is None),
+        num_warps=producers.warps(rows, columns),
     )  # fmt: skip
     return q, out

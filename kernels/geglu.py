@@ -44,6 +44,6 @@ def geglu_quantize(
     grid = (-(-m // rows) * -(-k // columns),)
     kernel[grid](
         h, pre_quant_scale, out, q, m, k, rows, columns, scale is None,
-        num_warps=producers.warps(rows, columns, scale is None),
+        num_warps=producers.warps(rows, columns),
     )  # fmt: skip
     return q, out

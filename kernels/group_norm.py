@@ -63,7 +63,7 @@ def group_norm_quantize(
     statistics[(n * -(-groups // block) * stretches,)](
         x, partial, pixels, channels, groups, per_group, stretches, block,
         producers.power_of_two(per_group), rows, columns,
-        num_warps=producers.warps(rows, columns, False),
+        num_warps=producers.warps(rows, columns),
     )  # fmt: skip
 
     q = torch.empty_like(x, dtype=producers.DTYPES[kind], memory_format=torch.channels_last)
@@ -73,7 +73,7 @@ def group_norm_quantize(
     normalize[(programs,)](
         x, partial, weight, bias, out, q, n, pixels, channels, length, eps, groups, per_group,
         stretches, near, silu, scale is None, rows, columns,
-        num_warps=producers.warps(rows, columns, scale is None),
+        num_warps=producers.warps(rows, columns),
     )  # fmt: skip
     return q, out
 

