@@ -151,9 +151,9 @@ def test_tensor_cores_registers_and_copies(capability):
     for (function, kind, *_), (request, result) in found.items():
         where = (function, kind, request.constexprs)
         # the largest tiles spill some registers in front of and behind the loop, none in it
-        # 256 columns of a convolution more of them, and measured to be fastest where they are chosen
-        wide = function == "conv2d" and request.constexprs["BN"] == 256
-        assert result.spills <= (192 if wide else 96), where
+        # 128 x 128 of a convolution with 4 warps more of them, and was measured to be fastest
+        few = function == "conv2d" and request.warps == 4 and request.constexprs["BM"] == 128
+        assert result.spills <= (192 if few else 96), where
         assert result.shared <= CHIPS[capability][1], where
         assert result.registers * 32 * request.warps <= 65536, where
         if function == "reduce":
