@@ -3,7 +3,7 @@ once captured in a CUDA graph, which leaves its kernels alone.
 
 `.venv/bin/python benchmarks/captured.py [--family sdxl|sd15]` takes full models of random weights in
 fp16, `int8` and `fp8` (Linear layers and convolutions), as they are loaded, with their blocks compiled
-(the Load node's `compile`), and the whole fp16 UNet compiled with CUDA graphs. Writes
+(the Load node's `compile`), and compiled as a whole with CUDA graphs. Writes
 benchmarks/results/captured_<gpu>.json and .md. `dev.py bench` compares with other packs; this is short.
 """
 
@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FP16 = "fp16"
 AS_LOADED, BLOCKS, WHOLE = "as loaded", "blocks compiled", "whole UNet compiled, CUDA graphs"
-ROWS = [(form, way) for form in (FP16, "int8", "fp8") for way in (AS_LOADED, BLOCKS)]
-ROWS.insert(2, (FP16, WHOLE))
+ROWS = [(form, way) for form in (FP16, "int8", "fp8") for way in (AS_LOADED, BLOCKS, WHOLE)]
 WARM_UP, CALLS = 5, 60
 
 
@@ -57,7 +56,10 @@ def build(form: str, way: str, setting, folder: Path):
     from comfyui_modelopt.benchmarks.speed import arms
     from comfyui_modelopt.loaders import compiling
 
-    name = {WHOLE: "compiled-graphs"}.get(way, "eager" if form == FP16 else f"{form}-all")
+    if form == FP16:
+        name = "compiled-graphs" if way == WHOLE else "eager"
+    else:
+        name = f"{form}-all-graphs" if way == WHOLE else f"{form}-all"
     (arm,) = (arm for arm in arms.ARMS if arm.name == name)
     built = arm.build(setting, folder)
     if way == BLOCKS:
