@@ -204,22 +204,19 @@ def terms(row: dict, name: str, sms: int) -> tuple[tuple, tuple[float, float, fl
     return (bm, bn * row["weights"], bk, warps, stages), (1.0, rounds, rounds * steps, partial)
 
 
-def table_of(row: dict) -> str:
-    """Of kernels.tiles.HOPPER."""
-    return f"geglu {row['format']}" if row["kernel"] == "geglu" else row["kernel"]
-
-
 def fit(rows: list[dict], sms: int) -> dict[str, dict[tuple, tuple[float, float, float]]]:
     """Table -> tile -> microseconds a launch, a program, a step: least squares of relative errors,
     none below 0."""
     import numpy
+    from comfyui_modelopt.kernels.tiles import kernel_name
     from scipy.optimize import nnls
 
     seen: dict[tuple, list] = {}
     for row in rows:
+        table = kernel_name(row["format"] == "int8", row["taps"], row["weights"])
         for name, us in row["us"].items():
             tile, counts = terms(row, name, sms)
-            seen.setdefault((table_of(row), tile), []).append([x / us for x in counts])
+            seen.setdefault((table, tile), []).append([x / us for x in counts])
     found: dict[str, dict] = {}
     for (table, tile), equations in seen.items():
         numbers, _ = nnls(numpy.array(equations), numpy.ones(len(equations)))
@@ -227,24 +224,27 @@ def fit(rows: list[dict], sms: int) -> dict[str, dict[tuple, tuple[float, float,
     return found
 
 
-def picks(row: dict, rates: dict, sms: int) -> str:
-    """The tile that the rates say is fastest, among those that were timed and have rates."""
-    from comfyui_modelopt.kernels.tiles import PARTIAL_US
+def picked(row: dict, chip) -> str:
+    """The tile that kernels/tiles.py chooses for a layer."""
+    from comfyui_modelopt.kernels import tiles
 
-    predicted = {}
-    for name in row["us"]:
-        tile, (one, rounds, steps, partial) = terms(row, name, sms)
-        if tile in rates:
-            launch, program, step = rates[tile]
-            predicted[name] = launch * one + program * rounds + step * steps + PARTIAL_US * partial
-    return min(predicted, key=predicted.get)
+    found = tiles.choose(
+        row["m"], row["n"], row["inner"], chip, row["taps"], row["weights"],
+        row["format"] == "int8", row["weights"] == 1,
+    )  # fmt: skip
+    return NAME.format(**vars(found))
+
+
+def chip_of(result: dict):
+    """The GPU of a result, as `choose` takes it."""
+    from comfyui_modelopt.kernels.tiles import Chip
+
+    return Chip(tuple(result["capability"]), result["sms"], result["shared"])
 
 
 def markdown(result: dict) -> str:
-    """A table of the layers, and what the model of kernels/tiles.py picks for them."""
-    from comfyui_modelopt.kernels.tiles import MEASURED
-
-    known = MEASURED.get(result["capability"][0], {})
+    """A table of the layers, with the time of the tile that is chosen for them today."""
+    chip = chip_of(result)
     lines = [
         "# Tiles of the matrix kernels",
         "",
@@ -253,18 +253,17 @@ def markdown(result: dict) -> str:
         "without a number was not measured.",
         "",
         *([result["note"], ""] if "note" in result else []),
-        "| layer | of | kernel | format | best tile | best | picked | fp16 | torch's 8-bit product |",
+        "| layer | of | kernel | format | best tile | best | chosen | fp16 | torch's 8-bit product |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         best = min(row["us"], key=row["us"].get)
-        rates = known.get(table_of(row))
-        picked = f"{row['us'][picks(row, rates, result['sms'])]:.1f}" if rates else ""
+        chosen = row["us"].get(picked(row, chip))
         other = row["others_us"]
         eight = other.get("torch._scaled_mm") or other.get("torch._int_mm")
         cells = [row["key"], f"{row['layers']} × {row['family']}", row["kernel"], row["format"]]
-        cells += [best, f"{row['us'][best]:.1f}", picked]
-        cells += [f"{x:.1f}" if x else "" for x in (other.get("fp16"), eight)]
+        cells += [best, f"{row['us'][best]:.1f}"]
+        cells += [f"{x:.1f}" if x else "" for x in (chosen, other.get("fp16"), eight)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -290,7 +289,8 @@ def main() -> int:
         say("benchmarks/tiles.py: needs an NVIDIA GPU, torch finds none here", file=sys.stderr)
         return 1
     else:
-        result = machine.describe() | {"sms": tiles.chip(torch.device("cuda")).sms}
+        chip = tiles.chip(torch.device("cuda"))
+        result = machine.describe() | {"sms": chip.sms, "shared": chip.shared}
         path = args.out / f"tiles_{machine.slug(result, False)}.json"
 
         def write(rows: list[dict]) -> None:

@@ -9,7 +9,8 @@ from . import tiles
 # the first number of the compute capability: on an H200 every fp8 Linear timed took 10 to 30 % less
 # time in it (benchmarks/results/tiles_nvidia-h200.md)
 FASTER = (9,)
-# its residual is a pass of its own, which costs more than it saves in front of a shorter sum
+# its residual is a pass of its own: by its bytes that costs more than is saved in front of a shorter
+# sum, which was not timed
 LONG = 2048
 MULTIPLE = 16
 

@@ -71,7 +71,7 @@ HOPPER = {
 }
 # the first number of the compute capability -> what was measured there
 MEASURED = {9: HOPPER}
-# microseconds for a million partial sums, there
+# microseconds for a million partial sums, there; between what the fits of single tiles gave (0 to 3.5)
 PARTIAL_US = 3.0
 # (bm, bn, warps) -> relative rate of a multiprocessor. WIDE: Hopper and data-centre Blackwell, whose
 # matrix units read their operands from shared memory; NARROW: the others.

@@ -28,8 +28,7 @@ PASSES = {AWQ_LITE: 2, SVDQUANT: 2, AWQ_FULL: 3}
 CLIP_RECORDS = 4
 # progress of one UNet call, where copying or packing one layer is 1
 CALL = 20
-# what to do about a UNet that gives NaN or infinity
-# rule and value found; what to do
+# of a UNet that gives NaN or infinity: the rule and what was found, what to do
 ORIGINAL_GIVES_NAN = (
     "the UNet must give finite numbers on the recorded calls, it gives NaN or infinity",
     "try another precision (--force-fp32 or bf16), or record with other settings; if KSampler alone "

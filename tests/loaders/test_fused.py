@@ -384,6 +384,18 @@ def test_the_check_before_loading(monkeypatch, kind):
     assert check.differing(device, kind) == ["scaled_mm"]
 
 
+def test_the_check_tries_a_product_that_stands_alone(monkeypatch):
+    """On Hopper that is a library's, and one with a residual is ours."""
+
+    def alone_is_wrong(*args):
+        product = backends.REFERENCE.scaled_mm(*args)
+        return product if len(args) > 5 else product * 1.01
+
+    broken = dataclasses.replace(backends.triton(), scaled_mm=alone_is_wrong)
+    monkeypatch.setattr(backends, "triton", lambda: broken)
+    assert check.differing(torch.device("cpu"), "fp8") == ["scaled_mm"]
+
+
 def test_the_check_tells_what_failed(monkeypatch):
     def compiler_is_missing(*args):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
