@@ -2,9 +2,9 @@
 once captured in a CUDA graph, which leaves its kernels alone.
 
 `.venv/bin/python benchmarks/captured.py [--family sdxl|sd15]` takes full models of random weights in
-fp16, `int8` and `fp8` (Linear layers and convolutions), as they are loaded, with their blocks compiled
-(the Load node's `compile`), and compiled as a whole with CUDA graphs. Writes
-benchmarks/results/captured_<gpu>.json and .md. `dev.py bench` compares with other packs; this is short.
+fp16, `int8` and `fp8` (Linear layers and convolutions), as they are loaded, with the Load node's
+`cuda_graphs`, with their blocks compiled (its `compile`), and compiled as a whole with CUDA graphs; `--ways
+0,1` takes those of these four. Writes benchmarks/results/captured_<gpu>.json and .md. `dev.py bench` compares with other packs; this is short.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FP16 = "fp16"
-AS_LOADED, BLOCKS, WHOLE = "as loaded", "blocks compiled", "whole UNet compiled, CUDA graphs"
-ROWS = [(form, way) for form in (FP16, "int8", "fp8") for way in (AS_LOADED, BLOCKS, WHOLE)]
+AS_LOADED, REPLAYED = "as loaded", "cuda_graphs"
+BLOCKS, WHOLE = "blocks compiled", "whole UNet compiled, CUDA graphs"
+WAYS = (AS_LOADED, REPLAYED, BLOCKS, WHOLE)
+ROWS = [
+    (form, way)
+    for form in (FP16, "int8", "fp8")
+    for way in WAYS
+    if (form, way) != (FP16, REPLAYED)  # the switch is of quantized files
+]
 WARM_UP, CALLS = 5, 60
 
 
@@ -59,7 +66,7 @@ def build(form: str, way: str, setting, folder: Path):
     if form == FP16:
         name = "compiled-graphs" if way == WHOLE else "eager"
     else:
-        name = f"{form}-all-graphs" if way == WHOLE else f"{form}-all"
+        name = f"{form}-all" + {WHOLE: "-graphs", REPLAYED: "-replayed"}.get(way, "")
     (arm,) = (arm for arm in arms.ARMS if arm.name == name)
     built = arm.build(setting, folder)
     if way == BLOCKS:
@@ -78,17 +85,23 @@ def measure(form: str, way: str, setting, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"family": setting.family, "format": form, "way": way}
     built = build(form, way, setting, folder)
     with torch.no_grad():
-        built.call()
+        for _ in range(3):  # the second is captured
+            built.call()
         row["weight_bytes"] = arms.weight_bytes(built)
         row["called"] = timed(built.call, device)
-        if way != WHOLE:
+        if way in (AS_LOADED, BLOCKS):
             row["captured"] = timed(captured(built.call), device)
             row["split_ms"] = kernel_split.profile(built.call, device)["split_ms"]
     return row
 
 
-def run(families: list[str], report: Callable[[str], None], write: Callable[[list], None]) -> None:
-    """All rows; `write` after each."""
+def run(
+    families: list[str],
+    chosen: list[tuple[str, str]],
+    report: Callable[[str], None],
+    write: Callable[[list], None],
+) -> None:
+    """The chosen of ROWS; `write` after each."""
     import comfy.model_management
     from comfyui_modelopt.benchmarks.speed import making
     from comfyui_modelopt.benchmarks.speed.settings import setting
@@ -102,7 +115,7 @@ def run(families: list[str], report: Callable[[str], None], write: Callable[[lis
             making.sixteen(one, folder)
             for form in ("int8", "fp8"):
                 making.quantized(one, folder, (form, LINEAR_AND_CONV))
-            for form, way in ROWS:
+            for form, way in chosen:
                 rows.append(measure(form, way, one, folder))
                 write(rows)
                 report(f"{family} {form}, {way}: {cell(rows[-1], 'called')} ms")
@@ -154,7 +167,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", choices=["sdxl", "sd15"], help="default: both")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    numbers = ", ".join(f"{number}: {way}" for number, way in enumerate(WAYS))
+    parser.add_argument("--ways", default="0,1,2,3", help=f"by number, default: all. {numbers}")
     args = parser.parse_args()
+    ways = [WAYS[int(number)] for number in args.ways.split(",")]
     sys.path.append(str(ROOT))  # last: `nodes` and `utils` must stay ComfyUI's
     from devtools import inprocess
     from devtools.common import say
@@ -175,7 +191,8 @@ def main() -> int:
         path.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
 
     families = [args.family] if args.family else ["sdxl", "sd15"]
-    run(families, lambda text: say(text, file=sys.stderr), write)
+    chosen = [row for row in ROWS if row[1] in ways]
+    run(families, chosen, lambda text: say(text, file=sys.stderr), write)
     return 0
 
 

@@ -6,9 +6,13 @@ in the log and other kernels run, not an error in the middle of a picture.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from . import backends, gemm
+from . import backends, gemm, hopper
+
+log = logging.getLogger(__name__)
 
 KINDS = ("int8", "fp8")
 _known: dict[tuple[torch.device, str], str | None] = {}
@@ -31,6 +35,8 @@ def why_not(device: torch.device, kind: str) -> str | None:
 
 
 def _reason(device: torch.device, kind: str) -> str | None:
+    if hopper.why_not(device) is None:
+        _try_hopper(device, kind)
     try:
         wrong = differing(device, kind)
     except torch.OutOfMemoryError:
@@ -43,12 +49,26 @@ def _reason(device: torch.device, kind: str) -> str | None:
     return None
 
 
+def _try_hopper(device: torch.device, kind: str) -> None:
+    """Takes the kernels of hopper.py out of use where they fail, and says so: the others remain."""
+    try:
+        wrong = differing(device, kind, hopper.LEAST_ROWS)
+        reason = f"{', '.join(wrong)} differ here from the exact reference" if wrong else None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or a driver raises
+        reason = f"{type(error).__name__}: {_in_one_line(error)}"
+    if reason is not None:
+        hopper.off[device] = reason
+        log.warning("ModelOpt: kernels with TMA are not used, the others are: %s", reason)
+
+
 def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def differing(device: torch.device, kind: str) -> list[str]:
-    """Names of the kernels whose result is not the reference's on small inputs."""
+def differing(device: torch.device, kind: str, rows: int = 48) -> list[str]:
+    """Names of the kernels whose result is not the reference's on small inputs of `rows` rows."""
     ours, reference = backends.triton(), backends.REFERENCE
     dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
     generator = torch.Generator().manual_seed(0)
@@ -59,12 +79,13 @@ def differing(device: torch.device, kind: str) -> list[str]:
     def eight(*shape: int) -> torch.Tensor:
         return (normal(*shape) * 20).clamp_(-128, 127).to(dtype)
 
-    x, gain, bias = normal(48, 64).half(), normal(64).half(), normal(64).half()
+    inner = 64 if rows < hopper.LEAST_ROWS else hopper.LEAST_INNER
+    x, gain, bias = normal(rows, 64).half(), normal(64).half(), normal(64).half()
     image = normal(2, 64, 6, 6).half().contiguous(memory_format=torch.channels_last)
     step = torch.tensor(0.02, device=device)
     columns = torch.rand(64, 1, generator=generator).to(device) * 0.01 if kind == "int8" else step
     pixels = columns.reshape(-1, 1, 1, 1) if kind == "int8" else step
-    a, b, taps = eight(48, 64), eight(64, 64), eight(64, 64, 3, 3)
+    a, b, taps = eight(rows, inner), eight(64, inner), eight(64, 64, 3, 3)
     pictures = eight(2, 64, 6, 6).contiguous(memory_format=torch.channels_last)
     calls = [
         ("quantize_rows", (x, kind)),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from . import gemm, int8, tiles
+from . import gemm, hopper, int8, tiles
 from .gemm import why_not  # noqa: F401  the same conditions
 
 NHWC = torch.channels_last
@@ -74,6 +74,13 @@ def conv2d(
 
     x = x.contiguous(memory_format=NHWC)
     weight = weight.contiguous(memory_format=NHWC)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=NHWC)
+    if row_bias is not None:
+        row_bias = row_bias.contiguous()
+    if launch is None and hopper.takes_conv(x, weight, stride, dilation):
+        return hopper.conv2d(x, weight, x_scale, w_scale, bias, padding, row_bias, residual, dtype,
+                             out_kind, out_scale)  # fmt: skip
     images, _, height, width = x.shape
     n, channels, r, s = weight.shape
     p = (height + 2 * padding[0] - dilation[0] * (r - 1) - 1) // stride[0] + 1
@@ -85,10 +92,6 @@ def conv2d(
     )
     out = torch.empty((images, n, p, q), device=x.device, dtype=out_kind or dtype,
                       memory_format=NHWC)  # fmt: skip
-    if residual is not None:
-        residual = residual.contiguous(memory_format=NHWC)
-    if row_bias is not None:
-        row_bias = row_bias.contiguous()
     target = out if chosen.split == 1 else gemm.partial_sums(chosen.split, m, n, x)
     args = (
         x,

@@ -82,12 +82,15 @@ def scaled_mm(
     launch: Callable | None = None,
 ) -> torch.Tensor:
     """`scaled_mm_reference` in Triton, or in cuBLASLt where that is faster."""
+    from . import hopper
     from . import triton_matmul as kernels
 
     a, b = a.contiguous(), b.contiguous()
     if library.takes(a, b, a_scale, b_scale, dtype, out_kind, residual):
         return library.fp8_mm(a, b, a_scale, b_scale, bias, residual, dtype)
     residual = None if residual is None else residual.contiguous()
+    if launch is None and hopper.takes_product(a, b, hopper.LEAST_INNER):
+        return hopper.scaled_mm(a, b, a_scale, b_scale, bias, residual, dtype, out_kind, out_scale)
     m, (n, k) = a.shape[0], b.shape  # a weight's sizes are no symbols while torch.compile traces
     chosen = tiles.choose(tiles.example(m), n, k, tiles.chip(a.device))
     out = torch.empty((m, n), device=a.device, dtype=out_kind or dtype)
@@ -204,9 +207,12 @@ def scaled_mm_geglu(
     launch: Callable | None = None,
 ) -> torch.Tensor:
     """`scaled_mm_geglu_reference` in Triton."""
+    from . import hopper
     from . import triton_matmul as kernels
 
     a, b = a.contiguous(), b.contiguous()
+    if launch is None and hopper.takes_product(a, b):
+        return hopper.scaled_mm_geglu(a, b, a_scale, b_scale, bias, dtype, out_kind, out_scale)
     m, k, n = a.shape[0], b.shape[1], b.shape[0] // 2
     integer = INTEGER[a.dtype]
     chosen = tiles.choose(

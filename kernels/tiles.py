@@ -7,6 +7,7 @@ is a count of waves over the multiprocessors, with a relative rate for each tile
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,25 @@ HOPPER = {
 MEASURED = {9: HOPPER}
 # microseconds for a million partial sums, there; between what the fits of single tiles gave (0 to 3.5)
 PARTIAL_US = 3.0
+# the same of the kernels that TMA feeds (hopper.py), fitted by benchmarks/tma.py to its times
+TMA = {
+    "matmul": {
+        (64, 128, 128, 4, 4): (2.13, 1.09, 0.211),
+        (128, 128, 128, 4, 3): (2.09, 1.79, 0.314),
+    },
+    "conv2d int8": {
+        (128, 128, 128, 4, 3): (6.67, 1.44, 0.371),
+        (128, 128, 128, 8, 3): (6.72, 0.95, 0.387),
+        (256, 128, 128, 8, 4): (2.55, 3.85, 0.792),
+    },
+    "conv2d fp8": {
+        (128, 128, 128, 8, 3): (3.72, 0.61, 0.419),
+        (256, 128, 128, 8, 4): (1.37, 1.83, 0.712),
+    },
+}
+# GEGLU's, of one product of twice its columns, the fastest of every layer timed
+TMA_GEGLU = Tiles(128, 64, 128, 4, 3)
+TMA_SPLITS = (1, 2, 3, 4, 6, 9)
 # (bm, bn, warps) -> relative rate of a multiprocessor. WIDE: Hopper and data-centre Blackwell, whose
 # matrix units read their operands from shared memory; NARROW: the others.
 WIDE = {
@@ -130,21 +150,30 @@ def choose(
     share a sum.
     """
     known = MEASURED.get(on.capability[0])
+    allowed = SPLITS if splits else (1,)
     if known is None:
-        return _modelled(m, n, inner, on, taps, weights, splits)
+        return _modelled(m, n, inner, on, taps, weights, allowed)
     rates = known[kernel_name(integer, taps, weights)]
-    return _fitted(m, n, inner, on, taps, weights, splits, rates)
+    return _fitted(m, n, inner, on, taps, weights, allowed, rates)
 
 
-def _shares(tiles: int, steps: int, on: Chip, splits: bool) -> list[int]:
-    """Programs that may share one sum."""
+@functools.lru_cache(maxsize=4096)
+def choose_tma(m: int, n: int, inner: int, on: Chip, kernel: str, taps: int = 0) -> Tiles:
+    """Tiles for hopper.py's kernel ("matmul", "conv2d int8" or "conv2d fp8"), as `choose`."""
+    return _fitted(m, n, inner, on, taps, 1, TMA_SPLITS if taps else (1,), TMA[kernel], 4)
+
+
+def _shares(tiles: int, steps: int, on: Chip, splits: Sequence[int], most: int = 2) -> list[int]:
+    """Programs that may share one sum, `most` for each multiprocessor."""
     allowed = (
-        split for split in SPLITS if steps >= LEAST_STEPS * split and tiles * split <= 2 * on.sms
+        split for split in splits if steps >= LEAST_STEPS * split and tiles * split <= most * on.sms
     )
-    return list(dict.fromkeys((1, *(allowed if splits else ()))))
+    return list(dict.fromkeys((1, *allowed)))
 
 
-def _fitted(m, n, inner, on: Chip, taps: int, weights: int, splits: bool, rates) -> Tiles:
+def _fitted(
+    m, n, inner, on: Chip, taps: int, weights: int, splits: Sequence[int], rates, most: int = 2
+) -> Tiles:
     best, least = None, float("inf")
     for (bm, bn, bk, warps, stages), (launch, program, step) in rates.items():
         # 64 was measured only where 128 does not divide the dimension
@@ -152,7 +181,7 @@ def _fitted(m, n, inner, on: Chip, taps: int, weights: int, splits: bool, rates)
             continue
         tiles = -(-m // bm) * -(-n // (bn // weights))
         steps = max(taps, 1) * -(-inner // bk)
-        for split in _shares(tiles, steps, on, splits):
+        for split in _shares(tiles, steps, on, splits, most):
             time = launch + -(-tiles * split // on.sms) * (program + -(-steps // split) * step)
             if split > 1:
                 time += PARTIAL_US * split * m * n / 1e6
@@ -161,7 +190,7 @@ def _fitted(m, n, inner, on: Chip, taps: int, weights: int, splits: bool, rates)
     return best or _modelled(m, n, inner, on, taps, weights, splits)
 
 
-def _modelled(m, n, inner, on: Chip, taps: int, weights: int, splits: bool) -> Tiles:
+def _modelled(m, n, inner, on: Chip, taps: int, weights: int, splits: Sequence[int]) -> Tiles:
     wide = on.capability[0] in (9, 10)
     # 256 columns would leave a convolution too few registers for its pixels' addresses
     widest = 128 if taps else 256

@@ -9,7 +9,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from comfy_kitchen.tensor import QuantizedTensor
 
-from . import unet
+from . import graphs, unet
 
 SIXTEEN = (torch.float16, torch.bfloat16)
 BACKEND = "inductor"
@@ -62,6 +62,7 @@ def twin(model):
     kept = {n: p for n, p in source.object_patches.items() if not n.startswith("manual_cast")}
     made.object_patches = kept
     made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)  # holds the quantized UNet
+    made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, graphs.KEY)  # and so does this
     return made
 
 

@@ -26,6 +26,7 @@ from comfy.ldm.modules.diffusionmodules import openaimodel
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.nn import functional as F
 
+from .attending import attend
 from .ops import QuantizedOp, resident, untouched
 
 NHWC = torch.channels_last
@@ -264,10 +265,10 @@ class FusedTransformerBlock(BasicTransformerBlock):
         """The block without a patch on it; torch.compile compiles this."""
         one, two = self.attn1, self.attn2
         q, k, v = _several(self.norm1, x, (one.to_q, one.to_k, one.to_v), self.shared[0])
-        x = _linear(one.to_out[0], self._attend(one, q, k, v, transformer_options), x)
+        x = _linear(one.to_out[0], attend(q, k, v, one, transformer_options), x)
         (q,) = _several(self.norm2, x, (two.to_q,), self.shared[1])
         k, v = _context(self, context, transformer_options)
-        x = _linear(two.to_out[0], self._attend(two, q, k, v, transformer_options), x)
+        x = _linear(two.to_out[0], attend(q, k, v, two, transformer_options), x)
         return self._feed_forward(x)
 
     def _stock_inside(self) -> bool:
@@ -286,16 +287,6 @@ class FusedTransformerBlock(BasicTransformerBlock):
         here = (block, (*block, options.get("block_index", 0)) if block is not None else None)
         replaced = options.get("patches_replace", {})
         return any(b in replaced.get(name, {}) for name in ("attn1", "attn2") for b in here)
-
-    def _attend(self, module, q, k, v, options: dict) -> torch.Tensor:
-        return attention.optimized_attention(
-            q,
-            k,
-            v,
-            module.heads,
-            attn_precision=module.attn_precision,
-            transformer_options=options,
-        )
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         first, last = self.ff.net[0].proj, self.ff.net[2]

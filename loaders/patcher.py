@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ..formats import files
-from . import layouts
+from . import graphs, layouts
 
 
 class QuantizedPatcher(ModelPatcher):
@@ -53,13 +53,21 @@ class QuantizedPatcher(ModelPatcher):
                 if isinstance(kept.weight, QuantizedTensor):
                     self.backup[key] = kept._replace(weight=layouts.rewrapped(kept.weight))
 
-    def unpatch_model(self, *args, **kwargs):
-        """Takes patches off the weights."""
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        """Takes patches off the weights and brings them to a device."""
+        if unpatch_weights:
+            graphs.forget(self)
         self._settle_backups()
-        return super().unpatch_model(*args, **kwargs)
+        return super().unpatch_model(device_to, unpatch_weights)
+
+    def cleanup(self):
+        """After sampling."""
+        super().cleanup()
+        graphs.settle(self)
 
     def partially_unload(self, *args, **kwargs):
         """The same for a part of them."""
+        graphs.forget(self)
         self._settle_backups()
         return super().partially_unload(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from ..kernels.backends import Backend
 from ..utils import out_of_memory
 from ..utils.capability import GPU, PRODUCTS
 from ..utils.progress import progress
-from . import compiling, dispatch, fused, layouts, ops, reading, simulation
+from . import compiling, dispatch, fused, graphs, layouts, ops, reading, simulation
 from .device import describe
 from .eight_bit import handed_over
 from .patcher import QuantizedPatcher
@@ -39,11 +39,13 @@ def read(path: str, step: Callable[[int], None] = reading.unless_cancelled) -> Q
 
 
 @out_of_memory.explained("loading", out_of_memory.FREE)
-def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
+def load_file(
+    path: str, compiled: bool = False, cuda_graphs: bool = False, disable_dynamic: bool = False
+):
     """File -> ModelPatcher, never the dynamic one (the argument is how ComfyUI reloads a MODEL).
 
-    compiled: its blocks go through torch.compile at the first call. Raises ValueError for a file that
-    is damaged, foreign or too new.
+    compiled: its blocks go through torch.compile at the first call. cuda_graphs: calls that come again
+    are replayed, see graphs.py. Raises ValueError for a file that is damaged, foreign or too new.
     """
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     step, checked = progress(2 * size), 0
@@ -58,8 +60,10 @@ def load_file(path: str, compiled: bool = False, disable_dynamic: bool = False):
     model = load(checkpoint, where=path, takes=True)
     if compiled:
         compiling.compile_blocks(model)
+    if cuda_graphs:
+        graphs.use(model)
     step(size)
-    model.cached_patcher_init = (load_file, (path, compiled))
+    model.cached_patcher_init = (load_file, (path, compiled, cuda_graphs))
     return model
 
 

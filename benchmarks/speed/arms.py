@@ -17,6 +17,7 @@ import torch
 
 from ...loaders import benchmark as node
 from ...loaders import dispatch, unet_inputs
+from ...loaders import graphs as replay
 from ...loaders import unet as loader
 from ...quantize.layers import LINEAR_AND_CONV, LINEAR_ONLY, select
 from .settings import Setting
@@ -26,6 +27,8 @@ CONV, LINEAR = LINEAR_AND_CONV, LINEAR_ONLY
 SUFFIX = {LINEAR: "linear", CONV: "all"}
 # torch.compile's modes on a GPU; elsewhere the default one, as there is nothing to tune or capture
 NO_GRAPHS, GRAPHS, BOTH = "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"
+# not compiled, calls replayed: the Load node's cuda_graphs
+REPLAYED = "replayed"
 COMPILED_16 = ("compiled", "compiled-graphs", "compiled-tuned-graphs")
 
 
@@ -83,14 +86,17 @@ def call_of(model, setting: Setting, unet: Callable | None = None, graphs: bool 
     def call() -> torch.Tensor:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        return unet(*args, transformer_options={}, **kwargs)
+        options = {"wrappers": model.wrappers} if model.wrappers else {}
+        return unet(*args, transformer_options=options, **kwargs)
 
     return call
 
 
 def compiled(model, setting: Setting, mode: str | None) -> Callable:
-    """The same compiled for this one shape; `mode` None: not at all."""
-    if mode is None:
+    """The same compiled for this one shape; `mode` None or REPLAYED: not at all."""
+    if mode == REPLAYED:
+        replay.use(model)
+    if mode in (None, REPLAYED):
         return call_of(model, setting)
     on_gpu = model.load_device.type == "cuda"
     unet = torch.compile(model.model.diffusion_model, mode=mode if on_gpu else None, dynamic=False)
@@ -235,8 +241,10 @@ def ours(
 
     tag: what tells its name from the others' where options do.
     """
-    parts = [form, SUFFIX[layers], *({NO_GRAPHS: ["compiled"], GRAPHS: ["graphs"]}.get(mode, []))]
+    names = {NO_GRAPHS: ["compiled"], GRAPHS: ["graphs"], REPLAYED: ["replayed"]}
+    parts = [form, SUFFIX[layers], *names.get(mode, [])]
     ways = {None: "eager", NO_GRAPHS: "compiled", GRAPHS: "compiled, CUDA graphs"}
+    ways[REPLAYED] = "CUDA graphs"
     fused = options.get("fuse", True) and options.get("arithmetic") != dispatch.LIBRARY
     limit = {
         (LINEAR, True): "8-bit Linear, fused",
@@ -251,7 +259,7 @@ def ours(
         build,
         (form, layers),
         limit,
-        no_gpu if mode == GRAPHS else why_not,
+        no_gpu if mode in (GRAPHS, REPLAYED) else why_not,
     )
 
 
@@ -308,7 +316,7 @@ ARMS = (
         ours(form, layers, mode)
         for form in ("int8", "fp8")
         for layers in (LINEAR, CONV)
-        for mode in (None, NO_GRAPHS, GRAPHS)
+        for mode in (None, REPLAYED, NO_GRAPHS, GRAPHS)
     ),
     *(arm for form in ("int8", "fp8") for arm in parts(form)),
 )

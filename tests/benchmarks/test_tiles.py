@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from comfyui_modelopt.benchmarks import captured, tiles
+from comfyui_modelopt.benchmarks import captured, tiles, tma
 from comfyui_modelopt.benchmarks.speed import arms, shapes
 from comfyui_modelopt.kernels import tiles as model
 from comfyui_modelopt.loaders import compiling
@@ -31,8 +31,9 @@ def test_what_is_chosen_costs_little_over_the_best(table):
         if model.kernel_name(integer, row["taps"], row["weights"]) != table:
             continue
         rule = model._modelled(
-            row["m"], row["n"], row["inner"], CHIP, row["taps"], row["weights"], row["weights"] == 1
-        )
+            row["m"], row["n"], row["inner"], CHIP, row["taps"], row["weights"],
+            model.SPLITS if row["weights"] == 1 else (1,),
+        )  # fmt: skip
         chosen += row["layers"] * row["us"][tiles.picked(row, CHIP)]
         ruled += row["layers"] * row["us"][tiles.NAME.format(**vars(rule))]
         best += row["layers"] * min(row["us"].values())
@@ -59,8 +60,11 @@ def test_every_way_of_the_page_has_an_arm(monkeypatch):
     monkeypatch.setattr(compiling, "compile_blocks", lambda model: None)
     for form, way in captured.ROWS:
         captured.build(form, way, None, None)
-    assert len(asked) == len(captured.ROWS) == 9
-    assert asked[2::3] == ["compiled-graphs", "int8-all-graphs", "fp8-all-graphs"]
+    assert len(asked) == len(captured.ROWS) == 11
+    assert [asked[2], asked[6], asked[10]] == [
+        "compiled-graphs", "int8-all-graphs", "fp8-all-graphs",
+    ]  # fmt: skip
+    assert [asked[4], asked[8]] == ["int8-all-replayed", "fp8-all-replayed"]
 
 
 class Named:
@@ -79,11 +83,14 @@ def test_the_pages_are_of_the_results():
     captured_json = captured.RESULTS / "captured_nvidia-h200.json"
     found = json.loads(captured_json.read_text(encoding="utf-8"))
     assert captured_json.with_suffix(".md").read_text(encoding="utf-8") == captured.markdown(found)
+    result = json.loads((tma.RESULTS / "tma_nvidia-h200.json").read_text(encoding="utf-8"))
+    page = (tma.RESULTS / "tma_nvidia-h200.md").read_text(encoding="utf-8")
+    assert page == tma.markdown(result)
     page = (tiles.RESULTS / "tiles_nvidia-h200.md").read_text(encoding="utf-8")
     assert page == tiles.markdown(RESULT)
 
 
-@pytest.mark.parametrize("script", [tiles, captured])
+@pytest.mark.parametrize("script", [tiles, tma, captured])
 def test_without_a_gpu_it_says_so(script, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", [script.__name__])

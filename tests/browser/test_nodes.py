@@ -160,7 +160,7 @@ def test_the_badge_tells_a_file_before_it_is_loaded(page, server):
     saved = page.workflow()
     (made,) = saved["nodes"]
     values = ["gone.safetensors", False, made_by]
-    assert [*made["widgets_values"]] == [values[0], False, ""]
+    assert [*made["widgets_values"]] == [values[0], False, "", True]
     made["widgets_values"] = values
     page.load(saved)
     expect_chips(page, node, ["cannot be read"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 
 import pytest
-from comfyui_modelopt.kernels import tiles
+from comfyui_modelopt.kernels import hopper, tiles
 
 from . import ahead_of_time
 from .ahead_of_time import Request
 
 MODULE = "kernels.triton_matmul"
+HOPPER = "kernels.triton_hopper"
 # capability -> multiprocessors and shared memory of a card with it
 CHIPS = {
     80: (108, 163 * 1024),
@@ -126,6 +127,75 @@ def reduce(kind, capability) -> Request:
     del constants["EVEN"]
     odd = ("m", "rows_per_image")
     return Request(MODULE, "reduce", arguments, constants, capability, 4, 2, odd)
+
+
+def hopper_matmul(kind, tile) -> Request:
+    """hopper.py's, whose operands are descriptors: name -> block."""
+    p = POINTER[kind][1:]
+    arguments = {
+        "a": f"tensordesc<{p}[{tile.bm}, {tile.bk}]>", "b": f"tensordesc<{p}[{tile.bn}, {tile.bk}]>",
+        "a_scale": "*fp32", "b_scale": "*fp32", "bias": "*fp16", "residual": "*fp16", "out": "*fp16",
+        "out_scale": "*fp32", "m": "i32", "n": "i32", "k": "i32",
+    }  # fmt: skip
+    constants = epilogue(kind, PER_ROW=kind == "int8", HAS_RESIDUAL=True, **shapes_of(tile))
+    del constants["EVEN"]
+    return Request(HOPPER, "matmul", arguments, constants, 90, tile.warps, tile.stages, ("m",))
+
+
+def hopper_geglu(kind) -> Request:
+    p, tile = POINTER[kind][1:], tiles.TMA_GEGLU
+    arguments = {
+        "a": f"tensordesc<{p}[{tile.bm}, {tile.bk}]>",
+        "b": f"tensordesc<{p}[2, {tile.bn}, {tile.bk}]>",
+        "a_scale": "*fp32", "b_scale": "*fp32", "bias": "*fp16", "out": POINTER[kind],
+        "out_scale": "*fp32", "m": "i32", "n": "i32", "k": "i32",
+    }  # fmt: skip
+    constants = epilogue(kind, PER_ROW=kind == "int8", **shapes_of(tile))
+    constants["QUANTIZE"] = 1 if kind == "int8" else 2
+    del constants["EVEN"]
+    return Request(
+        HOPPER, "matmul_geglu", arguments, constants, 90, tile.warps, tile.stages, ("m",)
+    )
+
+
+def hopper_conv(kind, tile, size, split) -> Request:
+    p = POINTER[kind][1:]
+    ti, th, tw = hopper.block_of(tile.bm, size, size)
+    integers = ("images", "p", "q")
+    arguments = {
+        "x": f"tensordesc<{p}[{ti}, {th}, {tw}, {tile.bk}]>",
+        "w": f"tensordesc<{p}[{tile.bn}, {tile.bk}]>",
+        "x_scale": "*fp32", "w_scale": "*fp32", "bias": "*fp16", "row_bias": "*fp16",
+        "residual": "*fp16", "out": "*fp16" if split == 1 else SUMS[kind], "out_scale": "*fp32",
+        "channels": "i32", "n": "i32", "pad_h": "i32", "pad_w": "i32", **dict.fromkeys(integers, "i32"),
+    }  # fmt: skip
+    constants = epilogue(kind, R=3, S=3, HAS_ROW_BIAS=True, HAS_RESIDUAL=True, SPLIT=split,
+                         PARTS=2 if tile.bm > 128 else 1, TI=ti, TH=th, TW=tw, BN=tile.bn,
+                         BK=tile.bk)  # fmt: skip
+    del constants["EVEN"]
+    return Request(HOPPER, "conv2d", arguments, constants, 90, tile.warps, tile.stages, integers)
+
+
+@pytest.mark.slow
+def test_what_tma_feeds_on_hopper():
+    """TMA and the int8 or fp8 matrix units, and few registers that spill."""
+    wanted = []
+    for kind in ("int8", "fp8"):
+        wanted += [
+            (kind, hopper_matmul(kind, tiles.Tiles(*found))) for found in tiles.TMA["matmul"]
+        ]
+        wanted.append((kind, hopper_geglu(kind)))
+        for found in tiles.TMA[f"conv2d {kind}"]:
+            for size, split in ((128, 1), (64, 1), (32, 1), (8, 6)):
+                wanted.append((kind, hopper_conv(kind, tiles.Tiles(*found), size, split)))
+    made = ahead_of_time.compile_all([request for _, request in wanted])
+    for (kind, request), result in zip(wanted, made, strict=True):
+        where = (request.function, kind, request.constexprs)
+        assert result.spills <= 128, (result.spills, where)
+        assert result.shared <= CHIPS[90][1], where
+        products = [line for line in result.ptx.splitlines() if "wgmma.mma_async" in line]
+        assert products and any(name in line for line in products for name in TYPES[kind]), where
+        assert "cp.async.bulk.tensor" in result.ptx and "cp.async.c" not in result.ptx, where
 
 
 @functools.cache

@@ -49,18 +49,41 @@ def inputs(m: int, n: int, k: int, kind: str, per_row: bool, weights: int = 1):
     return values((m, k), kind, 0), b, a_scale, scales, biases
 
 
+def on_hopper(kind: str) -> bool:
+    """Whether a `kind` ("int8", "fp8") is summed by Hopper's matrix units for fp8: about 14 bits a
+    running sum, cut at every addition of 32 products."""
+    gpu = torch.cuda.is_available()
+    return kind == "fp8" and gpu and torch.cuda.get_device_capability() == (9, 0)
+
+
+def error_of_sums(wanted: torch.Tensor, kind: str, k: int) -> torch.Tensor:
+    """How far sums of k products may be from `wanted`, float32 of the same shape.
+
+    On Hopper each of the k / 32 additions cuts at most the last of 14 bits, 2^-13 of the running sum
+    and an eighth of fp16's eps: k / 256 eps together, 90 for the longest sum of SDXL's convolutions.
+    Shorter ones get 32, because a running sum may be larger than where it ends.
+    """
+    factor = max(32, k / 256) if on_hopper(kind) else 2
+    size = wanted.float().abs()
+    return factor * torch.finfo(torch.float16).eps * size.clamp(min=size.mean())
+
+
+def share_moved(kind: str) -> float:
+    """How many of the values quantized on the way out may fall on the other side of a boundary: on
+    Hopper 0.012 did with sums of 576 products."""
+    return 0.03 if on_hopper(kind) else 0.01
+
+
 def assert_same(found: torch.Tensor, wanted: torch.Tensor, kind: str, a, b) -> None:
     """int8: equal. fp8: within one rounding of the output's dtype, where sums cancel within that of
-    the sum of magnitudes in float32."""
+    the sum of magnitudes in float32. b: a weight, or several of one shape."""
     assert found.dtype == wanted.dtype and found.shape == wanted.shape
     if kind == "int8":
         assert torch.equal(found, wanted)
         return
     found, wanted = found.float(), wanted.float()
-    eps = torch.finfo(torch.float16).eps if found.numel() else 0.0
-    # Hopper's running sums have about 14 bits, cut at every addition
-    factor = 32 if found.is_cuda and torch.cuda.get_device_capability() == (9, 0) else 2
-    wrong = (found - wanted).abs() > factor * eps * wanted.abs().clamp(min=wanted.abs().mean())
+    k = (b if torch.is_tensor(b) else b[0])[0].numel()
+    wrong = (found - wanted).abs() > error_of_sums(wanted, kind, k)
     assert not wrong.any(), (found[wrong][:4], wanted[wrong][:4])
 
 
@@ -118,15 +141,23 @@ def test_several_weights_in_one_launch(kind, weights, with_bias):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("m", "n", "k"), [(64, 128, 320), (33, 160, 640), (7, 10, 77)])
 def test_geglu_inside(m, n, k, kind, dtype):
-    """GELU is computed with another erf than PyTorch's: within one rounding of the dtype."""
+    """GELU is computed with another erf than PyTorch's: within one rounding of the dtype. On Hopper the
+    errors of both sums are added, and most values then round to another one."""
     a, (b,), a_scale, (scale,), (bias,) = inputs(m, 2 * n, k, kind, kind == "int8")
     found = gemm.scaled_mm_geglu(a, b, a_scale, scale, bias.to(dtype), dtype)
     wanted = gemm.scaled_mm_geglu_reference(a, b, a_scale, scale, bias.to(dtype), dtype)
     value, gate = gemm.scaled_mm_reference(a, b, a_scale, scale, bias, None, dtype).chunk(2, -1)
     size = (value * gate).float().abs().clamp(min=wanted.float().abs())
     step = max(torch.finfo(dtype).eps, 4e-7)
-    assert ((found.float() - wanted.float()).abs() <= 2 * step * size + 1e-6).all()
-    assert (found != wanted).float().mean() < 0.05 or dtype == torch.float32
+    allowed = 2 * step * size + 1e-6
+    if on_hopper(kind):
+        value_off, gate_off = error_of_sums(value, kind, k), error_of_sums(gate, kind, k)
+        # GELU is nowhere steeper than 1.13
+        allowed += value_off * torch.nn.functional.gelu(gate.float()).abs()
+        allowed += 1.13 * (value.float().abs() + value_off) * gate_off
+    assert ((found.float() - wanted.float()).abs() <= allowed).all()
+    if dtype != torch.float32 and not on_hopper(kind):
+        assert (found != wanted).float().mean() < 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,13 +171,14 @@ def test_quantized_on_the_way_out(kind, out):
     found = gemm.scaled_mm(a, b, a_scale, scale, bias, **more)
     wanted = gemm.scaled_mm_reference(a, b, a_scale, scale, bias, **more)
     assert found.dtype == KINDS[out]
-    assert (found.float() != wanted.float()).float().mean() <= (0 if kind == "int8" else 0.01)
+    moved = (found.float() != wanted.float()).float().mean()
+    assert moved <= (0 if kind == "int8" else share_moved(kind))
     clipped = {"int8": (-128, 127), "fp8": (-448, 448)}[out]
     assert found.float().min() == clipped[0] and found.float().max() == clipped[1]
     gated = gemm.scaled_mm_geglu(a, b, a_scale, scale, bias, **more)
     wanted = gemm.scaled_mm_geglu_reference(a, b, a_scale, scale, bias, **more)
     assert gated.dtype == KINDS[out]
-    assert (gated.float() != wanted.float()).float().mean() < 0.01
+    assert (gated.float() != wanted.float()).float().mean() < share_moved(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,7 +39,17 @@ def test_a_product_that_stands_alone(monkeypatch):
         {"k": 1288},
         {"residual": torch.empty(64, 1280)},
     ],
-    ids=str,
+    ids=[
+        "an Ada GPU",
+        "int8",
+        "scales of rows",
+        "scales of columns",
+        "float32",
+        "quantized",
+        "n 1288",
+        "k 1288",
+        "residual",
+    ],
 )
 def test_what_stays_with_ours(monkeypatch, other):
     assert not library.takes(*given(monkeypatch, **other))

@@ -110,7 +110,7 @@ def test_the_load_nodes_option(quantized, pytorch_attention, tmp_path, caplog):
     path = str(tmp_path / "unet.safetensors")
     files.write(made.checkpoint, path)
     plain, model = loader.load_file(path), loader.load_file(path, compiled=True)
-    assert model.cached_patcher_init == (loader.load_file, (path, True))
+    assert model.cached_patcher_init == (loader.load_file, (path, True, False))
     comfy.model_management.load_models_gpu([plain, model])
     assert not any(
         isinstance(m, fused.FusedResBlock) for m in plain.model.diffusion_model.modules()
