@@ -77,7 +77,6 @@ PARTIAL_US = 3.0
 # the same of the kernels that TMA feeds (hopper.py), fitted by benchmarks/tma.py to its times
 TMA = {
     "matmul": {
-        (64, 128, 128, 4, 4): (2.13, 1.09, 0.211),
         (128, 128, 128, 4, 3): (2.09, 1.79, 0.314),
     },
     "conv2d int8": {

@@ -8,11 +8,11 @@ do not lie ready on the GPU. What was captured is dropped when a weight or a lay
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 KEY = "modelopt_graphs"
 # sizes that one MODEL keeps: each holds the memory of a UNet call
 KEPT = 4
+# calls after which a size may give way to another
+RECENT = 32
 # of a GPU's memory: with less of it free, nothing is kept from one picture to the next
 PLENTY = 1 / 3
 # the place of `transformer_options` among the arguments of a UNet
@@ -51,16 +53,27 @@ HARMLESS = {
     "uuids",
     "wrappers",
 }
-# ComfyUI's own code that a captured call has run; other packs put theirs in its place
+# functions of ComfyUI and PyTorch that a captured call has run; other packs put theirs in their place
 STOCK = (
-    (openaimodel.UNetModel, "_forward", openaimodel),
-    (openaimodel.ResBlock, "_forward", openaimodel),
-    (attention.SpatialTransformer, "forward", attention),
-    (attention.BasicTransformerBlock, "forward", attention),
-    (attention.CrossAttention, "forward", attention),
-    (attention.FeedForward, "forward", attention),
-    (attention.GEGLU, "forward", attention),
+    (openaimodel.UNetModel, "_forward"),
+    (openaimodel.ResBlock, "_forward"),
+    (openaimodel.Upsample, "forward"),
+    (openaimodel.Downsample, "forward"),
+    (openaimodel.TimestepEmbedSequential, "forward"),
+    (openaimodel, "forward_timestep_embed"),
+    (openaimodel, "apply_control"),
+    (openaimodel, "timestep_embedding"),
+    (attention.SpatialTransformer, "forward"),
+    (attention.BasicTransformerBlock, "forward"),
+    (attention.CrossAttention, "forward"),
+    (attention.FeedForward, "forward"),
+    (attention.GEGLU, "forward"),
+    (torch.nn.GroupNorm, "forward"),
+    (torch.nn.Conv2d, "_conv_forward"),
 )
+# where they and the classes of a UNet's layers come from
+HOMES = tuple(str(Path(module.__file__).parent) for module in (comfy.ops, torch))
+PACKAGES = ("torch.", "comfy.", __package__.rpartition(".")[0] + ".")
 
 
 def use(model) -> None:
@@ -78,17 +91,24 @@ def used(model) -> bool:
 
 def describe(model) -> str:
     """A line of the Load node's text."""
-    reason = no_gpu(model.load_device)
+    reason = unfit(model.load_device)
     if reason is not None:
-        return f"CUDA graphs: {reason}, UNet calls run as always"
+        return f"CUDA graphs: {reason}. UNet calls run as always"
     return "CUDA graphs: a UNet call that comes again at the same size is replayed"
 
 
-def no_gpu(device: torch.device) -> str | None:
+def unfit(device: torch.device) -> str | None:
     """Why there are no graphs on a device, or None."""
-    return (
-        None if device.type == "cuda" else f"they need an NVIDIA GPU, the device is {device.type}"
-    )
+    if device.type != "cuda":
+        return f"they need an NVIDIA GPU, the device is {device.type}"
+    backend = torch.cuda.get_allocator_backend()
+    if backend != "native":
+        # it has no pools of memory for graphs; whether it ever gives theirs back was not tried
+        return (
+            f"they need PyTorch's own allocator, ComfyUI has chosen {backend}: start ComfyUI with "
+            "--disable-cuda-malloc"
+        )
+    return None
 
 
 def forget(model) -> None:
@@ -148,6 +168,10 @@ class State:
         plain = [t._qdata if isinstance(t, QuantizedTensor) else t for t in found]
         self.places = [(t, t.data_ptr()) for t in plain]
         self.below = [module for module in modules if module is not unet]
+        self.convs = [(m, _geometry(m)) for m in modules if isinstance(m, torch.nn.Conv2d)]
+        self.foreign = next(
+            (type(m) for m in modules if not type(m).__module__.startswith(PACKAGES)), None
+        )
         self.offloaded = next((t.device for t in plain if t.device != device), None)
 
     def still(self) -> bool:
@@ -161,29 +185,40 @@ class State:
         for tensor, values in self.packed:
             if tensor._qdata is not values:
                 return False
+        if any(_geometry(conv) != before for conv, before in self.convs):
+            return False
         return all(tensor.data_ptr() == place for tensor, place in self.places)
 
     def why_not(self) -> str | None:
         """The reason no call of these layers can be captured, or None."""
         if self.offloaded is not None:
             return f"weights are brought to the GPU at each call, some are on {self.offloaded}"
+        if self.foreign is not None:
+            return f"a layer is another pack's, a {self.foreign.__module__}.{self.foreign.__name__}"
         for module in self.below:
             own = module.__dict__
+            replaced = "_forward" in own or "_conv_forward" in own
             odd = "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]
-            if odd and not untouched(module):
+            if replaced or (odd and not untouched(module)):
                 return f"a {type(module).__name__} has a hook or a forward that is not its own"
             if own.get("weight_function") or own.get("bias_function"):
                 return f"the weight of a {type(module).__name__} is patched at each call"
         return None
 
 
+def _geometry(conv: torch.nn.Conv2d) -> tuple:
+    """What packs for seamless pictures change in place."""
+    return conv.padding_mode, conv.padding, conv.stride
+
+
 @dataclass
 class Captured:
-    """inputs: where a replay reads from; out: where its result lies."""
+    """inputs: where a replay reads from; out: where its result lies; used: the number of the call."""
 
     inputs: Sequence[Tensor]
     replay: Callable[[], None]
     out: Tensor
+    used: int = 0
 
 
 @dataclass
@@ -193,8 +228,9 @@ class Graphs:
     unet: torch.nn.Module
     kept: OrderedDict = field(default_factory=OrderedDict)
     seen: set = field(default_factory=set)
-    failed: dict = field(default_factory=dict)
     told: set = field(default_factory=set)
+    calls: int = 0
+    stopped: str | None = None
     state: State | None = None
     pool: object = None
 
@@ -207,7 +243,8 @@ class Graphs:
             return executor(*args, **kwargs)  # a MODEL that was made from this one may call another
         options = args[OPTIONS] if len(args) > OPTIONS else {}
         given = (args[:OPTIONS], kwargs)
-        reason = self._why_not(executor, args[0], options)
+        self.calls += 1
+        reason = self.stopped or self._why_not(executor, args[0], options)
         if reason is None:
             reason = self._state_why_not(args[0].device)
         if reason is None:
@@ -216,20 +253,19 @@ class Graphs:
             return self._as_always(reason, executor, args, kwargs)
         # what is made in inference mode cannot be written to outside of it
         key = (_described(given), attention.optimized_attention, torch.is_inference_mode_enabled())
-        if key in self.failed:
-            return self._as_always(self.failed[key], executor, args, kwargs)
         found = self.kept.get(key)
         if found is None and key not in self.seen:
             self.seen.add(key)
-            return executor(*args, **kwargs)  # compiles kernels, chooses algorithms
+            return self._ordinary(executor, args, kwargs)  # compiles kernels, chooses algorithms
         if found is None:
-            try:
-                found = self._capture(executor, given, options)
-            except RuntimeError as error:  # an operation that no graph can hold; out of memory
-                self._gave_up(key, error)
-                return self._as_always(self.failed[key], executor, args, kwargs)
+            reason = self._no_room()
+            if reason is None:
+                found, reason = self._capture(executor, given, options)
+            if found is None:
+                return self._as_always(reason, executor, args, kwargs)
             self._keep(key, found)
         self.kept.move_to_end(key)
+        found.used = self.calls
         comfy.ops.run_every_op()  # a cancel is seen here
         for mine, tensor in zip(found.inputs, _tensors(given), strict=True):
             mine.copy_(tensor)
@@ -245,16 +281,15 @@ class Graphs:
         """The same, and warms up anew before the next capture."""
         self.drop()
         self.seen.clear()
-        self.failed.clear()
         self.state = None
 
     def _why_not(self, executor, x: Tensor, options: Mapping) -> str | None:
         """The reason this call is not one that may be replayed, or None."""
-        reason = no_gpu(x.device)
+        reason = unfit(x.device)
         if reason is not None:
             return reason
-        if x.requires_grad:
-            return "a gradient is asked for"
+        if getattr(executor.original, "__func__", None) is not openaimodel.UNetModel._forward:
+            return "another pack has replaced the UNet's _forward"
         if executor.idx + 1 < len(executor.wrappers):
             return "another wrapper is around the UNet"
         for name in ("patches", "patches_replace"):
@@ -263,10 +298,10 @@ class Graphs:
         strange = sorted(str(name) for name in options if name not in HARMLESS)
         if strange:
             return f"transformer_options has {', '.join(strange)}"
-        for owner, name, module in STOCK:
+        for owner, name in STOCK:
             code = getattr(getattr(owner, name), "__code__", None)
-            if code is None or code.co_filename != module.__file__:
-                return f"another pack has replaced ComfyUI's {owner.__name__}.{name}"
+            if code is None or not code.co_filename.startswith(HOMES):
+                return f"another pack has replaced {owner.__name__}.{name}"
         return None
 
     def _state_why_not(self, device: torch.device) -> str | None:
@@ -275,15 +310,39 @@ class Graphs:
             self.state = State(self.unet, device)
         return self.state.why_not()
 
-    def _capture(self, executor, given, options: Mapping) -> Captured:
+    def _no_room(self) -> str | None:
+        """Why another size is not captured, or None: of more sizes in turn each would push out the next."""
+        if len(self.kept) < KEPT:
+            return None
+        oldest = next(iter(self.kept.values()))
+        if self.calls - oldest.used > RECENT:
+            return None
+        return f"more than {KEPT} sizes take turns"
+
+    def _capture(self, executor, given, options: Mapping) -> tuple[Captured | None, str | None]:
+        """The captured call, or None and why."""
         if self.pool is None:
             self.pool = new_pool()
-        args, kwargs = held = _copied(given)
-        inputs = list(_tensors(held))  # before the call takes ControlNet's out of their lists
-        # a copy: what blocks keep in it for each other must not outlive the capture
-        call = (*args, dict(options)) if len(args) == OPTIONS else args
-        replay, out = captured(lambda: executor(*call, **kwargs), self.pool)
-        return Captured(inputs, replay, out)
+        try:
+            args, kwargs = held = _copied(given)
+            inputs = list(_tensors(held))  # before the call takes ControlNet's out of their lists
+            # a copy: what blocks keep in it for each other must not outlive the capture
+            call = (*args, dict(options)) if len(args) == OPTIONS else args
+            replay, out = captured(lambda: executor(*call, **kwargs), self.pool)
+            return Captured(inputs, replay, out), None
+        except torch.OutOfMemoryError:
+            self.forget()
+            comfy.model_management.soft_empty_cache()
+            return None, "memory ran out while one was captured"
+        except (
+            RuntimeError
+        ) as error:  # an operation that no graph can hold: others of its kind follow
+            self.pool = None
+            self.stopped = f"capturing one failed ({' '.join(str(error).split())[:300]})"
+            return None, self.stopped
+        except BaseException:  # a cancel; a pool that a capture left half-way is not used again
+            self.pool = None
+            raise
 
     def _keep(self, key, found: Captured) -> None:
         self.kept[key] = found
@@ -293,18 +352,24 @@ class Graphs:
         size = list(found.inputs[0].shape)
         log.info("ModelOpt: UNet calls at %s are replayed from a CUDA graph from now on", size)
 
-    def _gave_up(self, key, error: RuntimeError) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
-            self.forget()
-        self.failed[key] = f"capturing one failed ({' '.join(str(error).split())[:300]})"
-        gc.collect()
-        comfy.model_management.soft_empty_cache()
-
-    def _as_always(self, reason: str, executor, args, kwargs):
+    def _as_always(self, reason: str | None, executor, args, kwargs):
         if reason not in self.told:
             self.told.add(reason)
             log.info("ModelOpt: UNet calls run without a CUDA graph: %s", reason)
-        return executor(*args, **kwargs)
+        return self._ordinary(executor, args, kwargs)
+
+    def _ordinary(self, executor, args, kwargs):
+        """The call itself; once more without graphs where their memory is what it lacks."""
+        if not self.kept:
+            return executor(*args, **kwargs)
+        # the same tensors: the call takes ControlNet's out of their lists
+        again, named = _copied((args[:OPTIONS], kwargs), lambda tensor: tensor)
+        try:
+            return executor(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            self.drop()
+            comfy.model_management.soft_empty_cache()
+        return executor(*again, *args[OPTIONS:], **named)
 
 
 def _tensors(value) -> Iterator[Tensor]:
@@ -324,6 +389,8 @@ def _hindrances(value, device: torch.device) -> Iterator[str]:
     if isinstance(value, Tensor):
         if value.device != device:
             yield f"one of the call's tensors is on {value.device}"
+        if value.requires_grad:
+            yield "a gradient is asked for"
     elif isinstance(value, dict):
         for part in value.values():
             yield from _hindrances(part, device)
@@ -334,14 +401,14 @@ def _hindrances(value, device: torch.device) -> Iterator[str]:
         yield f"one of the call's arguments is a {type(value).__name__}"
 
 
-def _copied(value):
-    """The same argument with tensors of its own."""
+def _copied(value, copy: Callable[[Tensor], Tensor] = Tensor.clone):
+    """The same argument with dicts, lists and (by `copy`) tensors of its own."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return copy(value)
     if isinstance(value, dict):
-        return {name: _copied(part) for name, part in value.items()}
+        return {name: _copied(part, copy) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(part) for part in value)
+        return type(value)([_copied(part, copy) for part in value])
     return value
 
 

@@ -61,7 +61,8 @@ class LoadUNet(io.ComfyNode):
                     advanced=True,
                     tooltip="Replay UNet calls that come again at one size from a CUDA graph, without the time that "
                     "Python takes: much faster where the GPU waits for it. Holds the VRAM of a UNet call while "
-                    "sampling. Calls with patches or offloaded weights run as always. Needs an NVIDIA GPU.",
+                    "sampling. Calls with patches or offloaded weights run as always. Needs an NVIDIA GPU and ComfyUI started "
+                    "with --disable-cuda-malloc.",
                 ),
             ],
             outputs=[

@@ -124,8 +124,8 @@ def limits(
     if busy is not None and busy < BUSY:
         lines.append(
             f"the GPU computes {100 * busy:.0f}% of a call and waits for {launches} launches the rest "
-            "of it: switch cuda_graphs of Load Quantized UNet on, compile the model "
-            "(TorchCompileModel), or raise the batch"
+            "of it: start ComfyUI with --disable-cuda-malloc and load the file with cuda_graphs, "
+            "compile the model (TorchCompileModel), or raise the batch"
         )
     if split_ms:
         total = sum(split_ms.values())

@@ -176,6 +176,25 @@ def test_the_public_functions_call_them(used, monkeypatch):
     assert len(called) == 3 and len(traced) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_are_tried_before_a_model_is_loaded(monkeypatch, kind):
+    """Here with tiles of the interpreter's size."""
+    if SMALL:
+        table = {(64, 64, 128, 4, 3): (1, 1, 1), (256, 32, 128, 4, 2): (1, 1, 1)}
+        monkeypatch.setitem(tiles.TMA, f"conv2d {kind}", table)
+        monkeypatch.setattr(hopper, "LEAST_ROWS", 64)
+    assert check.tiles_that_differ(DEVICE, kind) == []
+    real = hopper.conv2d
+
+    def wrong(*args, tile, **more):
+        return real(*args, tile=tile, **more) * (1.0 if tile.split == 1 else 1.1)
+
+    monkeypatch.setattr(hopper, "conv2d", wrong)
+    found = check.tiles_that_differ(DEVICE, kind)
+    assert len(found) == len(tiles.TMA[f"conv2d {kind}"]) and all("split=3" in x for x in found)
+
+
 @pytest.mark.parametrize("failure", ["differs", "raises"])
 def test_where_they_fail_the_usual_ones_remain(used, monkeypatch, caplog, failure):
     device = torch.device("cpu")
@@ -188,6 +207,7 @@ def test_where_they_fail_the_usual_ones_remain(used, monkeypatch, caplog, failur
         return ["conv2d"]
 
     monkeypatch.setattr(check, "differing", differing)
+    monkeypatch.setattr(check, "tiles_that_differ", lambda *args: [])
     monkeypatch.setattr(hopper, "off", {})
     with caplog.at_level("WARNING"):
         assert check._reason(device, "int8") is None
@@ -210,7 +230,7 @@ def test_what_is_chosen_costs_little_over_the_best(kernel):
         chosen += row["layers"] * row["us"][tma.picked(row, CHIP)]
         best += row["layers"] * min(row["us"].values())
         ordinary += row["layers"] * row["usual_us"]
-    assert best <= chosen < 1.07 * best
+    assert best <= chosen < 1.11 * best
     assert chosen < {"matmul": 0.98, "conv2d": 0.7, "geglu": 0.9}[kernel] * ordinary
 
 

@@ -52,7 +52,7 @@ def counted(monkeypatch):
 
     monkeypatch.setattr(graphs, "captured", captured)
     if not GPU:
-        monkeypatch.setattr(graphs, "no_gpu", lambda device: None)
+        monkeypatch.setattr(graphs, "unfit", lambda device: None)
         monkeypatch.setattr(graphs, "new_pool", object)
         monkeypatch.setattr(graphs, "free_share", lambda device: 0.5)
     return counts
@@ -105,7 +105,8 @@ def test_the_second_call_is_captured_and_later_ones_replayed(made, model, counte
     assert counted == {"captured": 1, "replayed": 3}
 
 
-def test_each_size_has_its_own_and_the_oldest_goes(made, model, counted):
+def test_each_size_has_its_own_and_the_oldest_goes(made, model, counted, monkeypatch):
+    monkeypatch.setattr(graphs, "RECENT", 4)
     record = made.records[0]
     for size in (1, 2, 3, 4, 5):
         bigger = torch.cat([record.x] * size, dim=3)
@@ -166,13 +167,20 @@ def test_patches_run_as_always(made, model, counted, caplog):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ("foreign", "a layer is another pack's, a "),
+        ("own _forward", "another pack has replaced the UNet's _forward"),
+        ("own _conv_forward", "has a hook or a forward that is not its own"),
+        (
+            "function",
+            "another pack has replaced comfy.ldm.modules.diffusionmodules.openaimodel.forward_",
+        ),
         ("hook", "has a hook or a forward that is not its own"),
         ("forward", "has a hook or a forward that is not its own"),
         ("weight_function", "is patched at each call"),
         ("option", "transformer_options has strength_of_mine"),
         ("override", "transformer_options has optimized_attention_override"),
         ("wrapper", "another wrapper is around the UNet"),
-        ("stock", "another pack has replaced ComfyUI's ResBlock._forward"),
+        ("stock", "another pack has replaced ResBlock._forward"),
     ],
 )
 def test_what_python_has_a_say_in(made, model, counted, caplog, monkeypatch, change, reason):
@@ -181,7 +189,21 @@ def test_what_python_has_a_say_in(made, model, counted, caplog, monkeypatch, cha
         call(model, record)
     assert counted["captured"] == 1
     layer = next(m for m in model.model.diffusion_model.modules() if hasattr(m, "weight_function"))
-    if change == "hook":
+    unet = model.model.diffusion_model
+    conv = next(m for m in unet.modules() if type(m).__name__ == "Conv2d")
+    if change == "foreign":
+        unet.out[1] = Foreign()
+    elif change == "own _forward":
+        unet._forward = lambda *args, own=unet._forward, **more: own(*args, **more)
+    elif change == "own _conv_forward":
+        conv._conv_forward = lambda *args, own=conv._conv_forward: own(*args)
+    elif change == "function":
+        module = comfy.ldm.modules.diffusionmodules.openaimodel
+        ours = module.forward_timestep_embed
+        monkeypatch.setattr(
+            module, "forward_timestep_embed", lambda *args, **more: ours(*args, **more)
+        )
+    elif change == "hook":
         layer.register_forward_hook(lambda *args: None)
     elif change == "forward":
         layer.forward = lambda x, own=layer.forward: own(x)
@@ -204,6 +226,80 @@ def test_what_python_has_a_say_in(made, model, counted, caplog, monkeypatch, cha
     assert counted == {"captured": 1, "replayed": 1}
     told = [r.getMessage() for r in caplog.records if "without a CUDA graph" in r.getMessage()]
     assert len(told) == 1 and reason in told[0]
+
+
+class Foreign(torch.nn.SiLU):
+    """A layer of another pack."""
+
+
+def test_a_change_in_place_drops_what_was_captured(made, model, counted):
+    """Seamless pictures: packs set the padding of convolutions."""
+    record = made.records[0]
+    for _ in range(2):
+        call(model, record)
+    conv = model.model.diffusion_model.input_blocks[0][0]
+    conv.padding_mode = "circular"
+    assert not model.model.modelopt_graphs.state.still()
+    call(model, record)
+    assert counted == {"captured": 1, "replayed": 1}
+    conv.padding_mode = "zeros"
+
+
+def test_sizes_that_take_turns_do_not_push_each_other_out(made, model, counted, caplog):
+    record = made.records[0]
+    others = [
+        type(record)(**{**vars(record), "x": torch.cat([record.x] * size, dim=3)})
+        for size in range(1, graphs.KEPT + 3)
+    ]
+    with caplog.at_level("INFO"):
+        for _ in range(4):
+            for other in others:
+                call(model, other)
+    assert counted["captured"] == graphs.KEPT
+    assert counted["replayed"] == 3 * graphs.KEPT
+    assert f"more than {graphs.KEPT} sizes take turns" in caplog.text
+
+
+def test_memory_that_a_call_lacks_is_taken_from_the_graphs(made, model, counted, monkeypatch):
+    record = made.records[0]
+    wanted = [call(model, record) for _ in range(2)][0]
+    unet = model.model.diffusion_model
+    block, failed = unet.middle_block[0], []
+
+    def once(module, args):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("no memory")
+
+    hook = block.register_forward_pre_hook(once)  # with a hook the call runs as always
+    assert torch.equal(call(model, record), wanted)
+    hook.remove()
+    assert failed and not model.model.modelopt_graphs.kept
+
+
+def test_a_cancel_while_one_is_captured(made, model, counted, monkeypatch):
+    record = made.records[0]
+    wanted = call(model, record)
+    stand_in = graphs.captured
+
+    def cancelled(call, pool):
+        raise comfy.model_management.InterruptProcessingException()
+
+    monkeypatch.setattr(graphs, "captured", cancelled)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        call(model, record)
+    assert model.model.modelopt_graphs.pool is None
+    monkeypatch.setattr(graphs, "captured", stand_in)
+    assert torch.equal(call(model, record), wanted)
+    assert counted == {"captured": 1, "replayed": 1}
+
+
+def test_comfyuis_usual_allocator_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    reason = graphs.unfit(torch.device("cuda:0"))
+    assert "cudaMallocAsync" in reason and "--disable-cuda-malloc" in reason
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    assert graphs.unfit(torch.device("cuda:0")) is None
 
 
 def test_controlnets_tensors_are_inputs(made, model, counted):
