@@ -80,8 +80,17 @@ def cmd_paths(env: Environment, args: argparse.Namespace, extra: list[str]) -> i
 
 def cmd_precompile(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
     say("ModelOpt's CUDA kernels: minutes the first time, needs an NVIDIA GPU and a CUDA compiler")
-    code = "from modelopt.torch.quantization.extensions import precompile; precompile()"
-    return run([env.python, "-c", code], env)
+    # ModelOpt's own `precompile` says nothing of a failure
+    code = (
+        "from modelopt.torch.quantization import extensions as found\n"
+        "for get in (found.get_cuda_ext_mx, found.get_cuda_ext_fp8, found.get_cuda_ext):\n"
+        "    print(get(raise_if_failed=True))"
+    )
+    status = run([env.python, "-c", code], env)
+    if status:
+        say("dev.py precompile: ModelOpt's CUDA kernels could not be built, for the reason above; "
+            "without them its PyTorch code runs", file=sys.stderr)  # fmt: skip
+    return status
 
 
 def make(env: Environment, module: str, more: Mapping[str, str] | None = None) -> int:

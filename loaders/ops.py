@@ -14,7 +14,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ..formats.checkpoint import Input, Layer
 from . import layouts, patching
-from .dispatch import Kernel
+from .dispatch import DEQUANTIZED, Kernel
 from .rounding import rounded
 
 
@@ -138,6 +138,17 @@ class QuantizedOp:
             or getattr(self, "comfy_force_cast_weights", False)
             or input.requires_grad
         )
+
+    def running(self) -> Kernel | None:
+        """What runs the layer as it is now: `kernel`, or floating point where patches need that."""
+        patched = self.weight_function or self.bias_function
+        if self.kernel is None or not (patched or getattr(self, "comfy_force_cast_weights", False)):
+            return self.kernel
+        if self.kernel.dequantizes:
+            return self.kernel
+        what = self.kernel.name.partition(":")[0]
+        why = "a patch waits for its weight at each call (a LoRA under --lowvram, a hook)"
+        return Kernel(f"{what}: dequantized", DEQUANTIZED, why)
 
     def fusable(self) -> bool:
         """Whether what comes before this layer may quantize its input: nothing here needs it whole."""

@@ -266,9 +266,9 @@ def _store_patched(model, key: str, tensors: dict[str, torch.Tensor], info: Load
 
 
 def kernels(model) -> dict[str, dispatch.Kernel]:
-    """Quantized layer name -> the kernel that runs it."""
+    """Quantized layer name -> the kernel that runs it as the MODEL is now, patches included."""
     return {
-        name: module.kernel
+        name: module.running()
         for name, module in model.model.diffusion_model.named_modules()
         if getattr(module, "kernel", None) is not None
     }

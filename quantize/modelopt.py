@@ -253,15 +253,24 @@ def _weights_left_alone() -> Iterator[None]:
         model_calib._ENABLE_FOLDING_PQS_TO_WEIGHTS = before
 
 
+# ModelOpt's own bound, of activations that count as zero when it smooths
+DEAD = 2.0**-31
+
+
 def smooth(module: torch.nn.Module, alpha: float) -> None:
     """SmoothQuant on one calibrated Linear, by ModelOpt itself. Gives it a weight of its own.
 
     Afterwards `module.weight` is rescaled and `module.input_quantizer.pre_quant_scale` [in] set.
     ModelOpt collects activation maxima in a forward loop; the ones collected by `calibrate` are
-    given to it as one token, [1, …, in] as collected.
+    given to it as one token, [1, …, in] as collected. A channel that was zero in every call is smoothed
+    as the quietest of the others: ModelOpt would multiply it by 10000, and whatever it carries later
+    would overflow 16 bits.
     """
     mtq = require()
     amax = module.input_quantizer.amax.detach().clone()
+    live = amax > DEAD
+    if bool(live.any()):
+        amax = torch.where(live, amax, amax[live].min())
     weight = module._parameters["weight"].data
     if weight.device != amax.device:  # a UNet too large for the device, streamed
         module.weight_quantizer.to(amax.device)

@@ -50,6 +50,7 @@ def _pack_layer(
     numerics = FORMATS[one.format]
     extra: dict[str, torch.Tensor] = {}
     if one.algorithm == SMOOTHQUANT:
+        _live(name, module.input_quantizer.amax.float().amax().item())
         modelopt.smooth(module, one.alpha)
     weight = module._parameters["weight"].data
     if one.algorithm in AWQ:

@@ -39,6 +39,8 @@ CHOICES = [name for name in FORMATS if name != "fp8_e5m2"]  # an option of fp8
 CONVOLUTIONS = (MAX, PERCENTILE)
 # algorithm -> its own options
 OPTIONS = {SMOOTHQUANT: ("alpha", "convolutions"), PERCENTILE: ("percentile",), SVDQUANT: ("rank",)}
+# option -> what it is where it is not given
+DEFAULTS = {"alpha": 0.5, "convolutions": MAX, "percentile": 1.0, "rank": 32}
 # option -> its smallest and its largest value
 LIMITS = {"alpha": (0.0, 1.0), "percentile": (0.01, 1.0), "rank": (1, 256)}
 
@@ -56,10 +58,10 @@ class Recipe:
 
     format: str
     algorithm: str = ""
-    alpha: float = 0.5
-    convolutions: str = MAX
-    percentile: float = 1.0
-    rank: int = 32
+    alpha: float = DEFAULTS["alpha"]
+    convolutions: str = DEFAULTS["convolutions"]
+    percentile: float = DEFAULTS["percentile"]
+    rank: int = DEFAULTS["rank"]
     activations: str = STATIC
     layers: str = LINEAR_AND_CONV
     skip: tuple[str, ...] = DEFAULT_SKIP
@@ -95,12 +97,20 @@ class Recipe:
                 raise ValueError(
                     f"{name} must be from {low:g} to {high:g}, got {value}: correct it"
                 )
+        for name, default in DEFAULTS.items():
+            value = getattr(self, name)
+            if value != default and name not in OPTIONS.get(self.algorithm, ()):
+                owner = next(algorithm for algorithm, own in OPTIONS.items() if name in own)
+                raise ValueError(
+                    f"{name} goes with the algorithm {owner}, got {value!r} with {self.algorithm}: "
+                    "leave it out or choose that algorithm"
+                )
 
     def describe(self) -> dict:
         """JSON-able, for the file header; only what applies."""
         facts = asdict(self)
         facts["skip"] = list(self.skip)
-        for name in ("alpha", "convolutions", "percentile", "rank"):
+        for name in DEFAULTS:
             if name not in OPTIONS.get(self.algorithm, ()):
                 del facts[name]
         if self.format != "fp8" and self.activations == STATIC:

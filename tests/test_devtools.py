@@ -470,3 +470,23 @@ def test_server_that_cannot_start_says_why(tmp_path: Path):
     with pytest.raises(ServerDied, match="unrecognized arguments: --no-such-option"):
         server.start()
     assert server.process is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU builds them")
+def test_precompile_without_a_gpu_fails_and_says_why():
+    """With this Python, whose ModelOpt names what is missing."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, types; sys.path.insert(0, sys.argv[1]); import dev; "
+            "here = types.SimpleNamespace(python=sys.executable, comfyui=None); "
+            "dev.run = lambda command, *_: dev.subprocess.run(command).returncode; "
+            "sys.exit(dev.cmd_precompile(here, None, []))",
+            str(ROOT),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "CUDA is not available" in done.stderr and "could not be built" in done.stderr

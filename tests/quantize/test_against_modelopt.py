@@ -269,3 +269,20 @@ def test_smoothquant_beats_max_where_activations_have_outliers():
         out = kernels.linear_reference(given, stored["weight"], stored["weight_scale"], None)
         errors[smoothed] = (out - expected).norm().item()
     assert errors[True] < 0.7 * errors[False]
+
+
+def test_a_channel_that_was_silent_is_smoothed_as_the_quietest_other():
+    """ModelOpt's 10000 would overflow 16 bits as soon as the channel carries anything."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 32)
+    x[:, 3] = 0
+    module = torch.nn.Linear(32, 16, bias=False)
+    holder = torch.nn.ModuleDict({"layer": module})
+    plan = LayerPlan("linear", "int8", "smoothquant")
+    modelopt.calibrate(holder, {"layer": plan}, lambda m: m["layer"](x))
+    modelopt.smooth(module, 0.5)
+    scale = module.input_quantizer.pre_quant_scale.float().reshape(-1)
+    others = torch.cat([scale[:3], scale[4:]])
+    weight = module.weight.abs().amax(0)
+    assert scale[3] < 4 * others.max() and weight.isfinite().all()
+    # where all channels carry something the numbers are ModelOpt's own, as above

@@ -12,6 +12,7 @@ from comfyui_modelopt.formats.checkpoint import shaping_layers
 from comfyui_modelopt.loaders import dispatch
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, modelopt, quality
+from comfyui_modelopt.quantize import recipe as recipe_module
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.layers import select
 from comfyui_modelopt.quantize.recipe import ALGORITHMS, Recipe, plan
@@ -19,7 +20,7 @@ from comfyui_modelopt.quantize.recipe import ALGORITHMS, Recipe, plan
 LINEAR = "linear only"
 # awq_full and svdquant take long on a CPU: awq_full has a test on one layer, svdquant a smaller rank
 RECIPES = [
-    Recipe(form, algorithm, rank=4, layers=layers)
+    Recipe(form, algorithm, layers=layers, **({"rank": 4} if algorithm == "svdquant" else {}))
     for form, algorithms in ALGORITHMS.items()
     for algorithm in algorithms
     for layers in ("linear + conv", LINEAR)
@@ -91,14 +92,39 @@ def test_what_a_layer_says_it_does_is_what_ran(quantized, recipe, monkeypatch):
         assert kernel.level == "weight-only" or kernel.why or kernel.level == "native"
 
 
+@pytest.mark.parametrize("recipe", [Recipe("int8"), Recipe("fp8"), Recipe("int4", "max")])
+def test_a_patch_that_waits_for_a_weight_changes_the_answer(quantized, recipe):
+    """As ComfyUI puts a LoRA on a weight under --lowvram."""
+    made = quantized(recipe)
+    model = loader.load(made.checkpoint)
+    comfy.model_management.load_models_gpu([model])
+    before = loader.kernels(model)
+    name = "middle_block.1.transformer_blocks.0.attn1.to_out.0"
+    module = model.model.diffusion_model.get_submodule(name)
+    module.weight_function = [lambda weight: weight * 2]
+    now = loader.kernels(model)
+    assert {n for n in now if now[n] != before[n]} <= {name}
+    assert now[name].dequantizes
+    if not before[name].dequantizes:
+        assert now[name].name.endswith(": dequantized") and "at each call" in now[name].why
+    ran = []
+    real = module._run_dense
+    module._run_dense = lambda *args: ran.append(name) or real(*args)
+    dtype = model.model.get_dtype_inference()
+    args, kwargs = made.records[0].arguments(model.load_device, dtype)
+    with torch.no_grad():
+        model.model.diffusion_model(*args, **kwargs)
+    assert ran == [name]
+
+
 @pytest.mark.parametrize(
     ("better", "worse"),
     [
         (Recipe("int4", "mse"), Recipe("int4", "max")),
-        (Recipe("int4", "awq_lite", rank=4), Recipe("int4", "max", rank=4)),
-        (Recipe("int4", "svdquant", rank=4), Recipe("int4", "max", rank=4)),
-        (Recipe("w4a8", "awq_lite", rank=4), Recipe("w4a8", "max", rank=4)),
-        (Recipe("nvfp4", "svdquant", rank=4), Recipe("nvfp4", "max", rank=4)),
+        (Recipe("int4", "awq_lite"), Recipe("int4", "max")),
+        (Recipe("int4", "svdquant", rank=4), Recipe("int4", "max")),
+        (Recipe("w4a8", "awq_lite"), Recipe("w4a8", "max")),
+        (Recipe("nvfp4", "svdquant", rank=4), Recipe("nvfp4", "max")),
         (Recipe("int8", "smoothquant", layers=LINEAR), Recipe("int8", "max", layers=LINEAR)),
         (Recipe("int8", "percentile"), Recipe("int8", "max")),
     ],
@@ -111,7 +137,7 @@ def test_orderings(quantized, better, worse):
 def test_fp8_per_token_is_no_worse_than_one_calibrated_scale(quantized):
     """Within what rounding alone moves from one machine to another."""
     per_token = Recipe("fp8", "max", activations="per token", layers=LINEAR)
-    static = Recipe("fp8", "max", rank=4, layers=LINEAR)
+    static = Recipe("fp8", "max", layers=LINEAR)
     assert sqnr(quantized(per_token)) > sqnr(quantized(static)) - 0.3
 
 
@@ -169,7 +195,7 @@ def test_awq_stores_what_modelopt_folds(sd15, calibration, quantized):
     import modelopt.torch.quantization as mtq
     from comfyui_modelopt.quantize import modelopt
 
-    recipe = Recipe("int4", "awq_lite", rank=4)
+    recipe = Recipe("int4", "awq_lite")
     ours = quantized(recipe).checkpoint
     unet = bridge.copy_unet(sd15[0])
     for parameter in unet.parameters():
@@ -240,6 +266,27 @@ def test_an_option_out_of_range_is_named():
         ValueError, match="algorithm of mxfp8 must be one of max, got 'smoothquant'"
     ):
         Recipe("mxfp8", "smoothquant")
+
+
+@pytest.mark.parametrize("name", recipe_module.DEFAULTS)
+def test_an_option_of_another_algorithm_is_refused(name):
+    """Left out of the header, it would change nothing in silence."""
+    other = {"alpha": 0.3, "convolutions": "percentile", "percentile": 0.5, "rank": 8}[name]
+    with pytest.raises(ValueError, match=f"{name} goes with the algorithm .*, got .* with max"):
+        Recipe("int8", "max", **{name: other})
+    owner = next(a for a, own in recipe_module.OPTIONS.items() if name in own)
+    form = "int4" if owner == "svdquant" else "int8"
+    assert getattr(Recipe(form, owner, **{name: other}), name) == other
+
+
+def test_dead_activations_of_a_smoothed_layer_are_named(sd15, calibration):
+    model = sd15[0].clone()
+    name = "middle_block.1.transformer_blocks.0.ff.net.0.proj"
+    norm = "diffusion_model.middle_block.1.transformer_blocks.0.norm3"
+    for part in ("weight", "bias"):
+        model.add_patches({f"{norm}.{part}": ("set", (torch.zeros(part_size(sd15, norm, part)),))})
+    with pytest.raises(ValueError, match=f"must not all be zero, they are in {name}: .*skip"):
+        engine.quantize_model(model, Recipe("int8", "smoothquant"), calibration)
 
 
 def test_dead_activations_are_named(sd15, calibration):
