@@ -99,19 +99,25 @@ class Recipe:
                 )
         for name, default in DEFAULTS.items():
             value = getattr(self, name)
-            if value != default and name not in OPTIONS.get(self.algorithm, ()):
+            if value != default and not self._applies(name):
                 owner = next(algorithm for algorithm, own in OPTIONS.items() if name in own)
                 raise ValueError(
                     f"{name} goes with the algorithm {owner}, got {value!r} with {self.algorithm}: "
                     "leave it out or choose that algorithm"
                 )
 
+    def _applies(self, option: str) -> bool:
+        """Whether an option of DEFAULTS changes anything."""
+        beside = self.algorithm == SMOOTHQUANT and self.convolutions == PERCENTILE
+        return option in OPTIONS.get(self.algorithm, ()) or (option == PERCENTILE and beside)
+
     def describe(self) -> dict:
         """JSON-able, for the file header; only what applies."""
         facts = asdict(self)
         facts["skip"] = list(self.skip)
-        for name in DEFAULTS:
-            if name not in OPTIONS.get(self.algorithm, ()):
+        for name, default in DEFAULTS.items():
+            own = name in OPTIONS.get(self.algorithm, ())
+            if not (own or (self._applies(name) and facts[name] != default)):
                 del facts[name]
         if self.format != "fp8" and self.activations == STATIC:
             del facts["activations"]

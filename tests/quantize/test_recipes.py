@@ -274,6 +274,8 @@ def test_an_option_of_another_algorithm_is_refused(name):
     other = {"alpha": 0.3, "convolutions": "percentile", "percentile": 0.5, "rank": 8}[name]
     with pytest.raises(ValueError, match=f"{name} goes with the algorithm .*, got .* with max"):
         Recipe("int8", "max", **{name: other})
+    both = Recipe("int8", "smoothquant", convolutions="percentile", percentile=0.5)
+    assert both.describe()["percentile"] == 0.5  # of its convolutions
     owner = next(a for a, own in recipe_module.OPTIONS.items() if name in own)
     form = "int4" if owner == "svdquant" else "int8"
     assert getattr(Recipe(form, owner, **{name: other}), name) == other
