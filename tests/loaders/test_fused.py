@@ -183,7 +183,8 @@ def identity(*values):
 
 
 def own_attention(q, k, v, extra):
-    return comfy.ldm.modules.attention.attention_basic(q, k, v, extra["n_heads"])
+    # 0.9: on some machines it is ComfyUI's own attention to the last bit
+    return comfy.ldm.modules.attention.attention_basic(q, k, v, extra["n_heads"]) * 0.9
 
 
 PATCHED = {
