@@ -190,7 +190,7 @@ def test_unet_agrees_with_modelopts(outputs):
 def test_integer_products_are_as_near_to_modelopt_as_modelopt_is_to_itself(outputs, own_spread):
     """Integer products differ from float32 ones in the last place."""
     found = distance(outputs[dispatch.INTEGER], outputs["modelopt"])
-    assert found < max(2 * own_spread, 1e-3)
+    assert found < max(3 * own_spread, 1e-3)
 
 
 def test_every_layer_agrees_with_modelopts(case):
