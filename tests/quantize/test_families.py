@@ -109,8 +109,9 @@ def test_the_whole_way(kind, form, algorithm, tmp_path, folders):
             comfy.sd.load_diffusion_model(str(path))
         return
     theirs = sample(kind, comfy.sd.load_diffusion_model(str(path)))
-    if form == "int8":
-        # stock computes a Linear in floating point where its input is not contiguous
+    if form in ("int8", "fp8"):
+        # stock computes a Linear in floating point where its input is not contiguous, and fp8's sums in
+        # another order on some processors
         assert sqnr_db(samples, theirs) > 25
     else:
         assert_as_stock(samples, theirs)
