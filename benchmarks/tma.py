@@ -71,7 +71,7 @@ def measured(shape, kernel: str, form: str, chip) -> dict[str, Any] | None:
     """Times of one layer, None where these kernels do not take it."""
     import torch
     from comfyui_modelopt.benchmarks import tiles as usual
-    from comfyui_modelopt.kernels import hopper
+    from comfyui_modelopt.kernels import hopper, tiles
 
     x, weight, x_scale, scale, bias = usual.operands(shape, form)
     given = (x, weight, x_scale * 0.001, scale, bias)  # results that 16 bits hold
@@ -83,12 +83,10 @@ def measured(shape, kernel: str, form: str, chip) -> dict[str, Any] | None:
     m, n, inner, taps, weights = usual.size(shape, kernel)
     row: dict[str, Any] = {"key": shape.key, "kernel": kernel, "format": form, "m": m, "n": n}
     row |= {"inner": inner, "taps": taps, "weights": 1}
-    device = x.device
-    hopper.off[device] = "timed apart"
-    theirs = usual.call_of(shape, kernel, given, _usual_tile(row, weights, chip))
+    chosen = tiles.Tiles(*usual.parsed(usual.picked({**row, "weights": weights}, chip)))
+    theirs = usual.call_of(shape, kernel, given, chosen)
     row["usual_us"] = usual.microseconds(theirs)
     wanted = theirs()
-    del hopper.off[device]
     row["us"], row["wrong"] = {}, []
     for tile in tiles_for(row, chip):
         call, name = call_of(shape, kernel, given, tile), usual.NAME.format(**vars(tile))
@@ -96,21 +94,12 @@ def measured(shape, kernel: str, form: str, chip) -> dict[str, Any] | None:
             row["wrong"].append(name)
         row["us"][name] = usual.microseconds(call)
     if kernel == "matmul" and form == "fp8":
-        one = torch.ones((), device=device)
+        one = torch.ones((), device=x.device)
         named = {"bias": given[4], "out_dtype": torch.float16, "use_fast_accum": True}
         row["library_us"] = usual.microseconds(
             lambda: torch._scaled_mm(x, weight.t(), one, one, **named)
         )
     return row
-
-
-def _usual_tile(row: dict, weights: int, chip):
-    from comfyui_modelopt.kernels import tiles
-
-    return tiles.choose(
-        row["m"], row["n"], row["inner"], chip, row["taps"], weights, row["format"] == "int8",
-        weights == 1,
-    )  # fmt: skip
 
 
 def sweep(report, write) -> None:

@@ -9,7 +9,7 @@ only.
 import triton
 import triton.language as tl
 
-from .triton_matmul import _dequantized, _epilogue, _gelu, _store, _tile, rounded
+from .triton_matmul import _dequantized, _epilogue, _geglu_epilogue, _store, _tile, rounded
 
 
 # what changes with the picture's size or batch is no reason to compile anew
@@ -49,16 +49,8 @@ def matmul_geglu(a, b, a_scale, b_scale, bias, out, out_scale, m, n, k, INTEGER:
     value, gate = both.reshape(BM, 2, BN).permute(0, 2, 1).split()
     rows = tile_m * BM + tl.arange(0, BM)
     cols = tile_n * BN + tl.arange(0, BN)
-    gate_scale = b_scale + n if PER_CHANNEL else b_scale
-    y = _dequantized(
-        value, b_scale, bias, rows, cols, m, n, PER_CHANNEL, a_scale, PER_ROW, HAS_BIAS
-    )
-    z = _dequantized(gate, gate_scale, bias + n, rows, cols, m, n, PER_CHANNEL, a_scale, PER_ROW,
-                     HAS_BIAS)  # fmt: skip
-    z = rounded(_gelu(rounded(z, DTYPE)), DTYPE)
-    y = rounded(rounded(y, DTYPE) * z, DTYPE)
-    at = rows.to(tl.int64)[:, None] * n + cols[None, :]
-    _store(y, out, out_scale, at, (rows < m)[:, None] & (cols < n)[None, :], QUANTIZE)
+    _geglu_epilogue(value, gate, rows, cols, m, n, a_scale, b_scale, bias, out, out_scale, DTYPE,
+                    PER_ROW, PER_CHANNEL, HAS_BIAS, QUANTIZE)  # fmt: skip
 
 
 @triton.jit

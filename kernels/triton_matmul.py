@@ -84,6 +84,23 @@ def _epilogue(acc, rows, cols, m, n, a_scale, b_scale, bias, row_bias, rows_per_
     _store(y, out, out_scale, at, inside, QUANTIZE)
 
 
+@triton.jit
+def _geglu_epilogue(value, gate, rows, cols, m, n, a_scale, b_scale, bias, out, out_scale,
+                    DTYPE: tl.constexpr, PER_ROW: tl.constexpr, PER_CHANNEL: tl.constexpr,
+                    HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr):  # fmt: skip
+    """The sums of both halves -> the first, dequantized, times GELU of the second."""
+    gate_scale = b_scale + n if PER_CHANNEL else b_scale
+    y = _dequantized(
+        value, b_scale, bias, rows, cols, m, n, PER_CHANNEL, a_scale, PER_ROW, HAS_BIAS
+    )
+    z = _dequantized(gate, gate_scale, bias + n, rows, cols, m, n, PER_CHANNEL, a_scale, PER_ROW,
+                     HAS_BIAS)  # fmt: skip
+    z = rounded(_gelu(rounded(z, DTYPE)), DTYPE)
+    y = rounded(rounded(y, DTYPE) * z, DTYPE)
+    at = rows.to(tl.int64)[:, None] * n + cols[None, :]
+    _store(y, out, out_scale, at, (rows < m)[:, None] & (cols < n)[None, :], QUANTIZE)
+
+
 # what changes with the picture's size or batch is no reason to compile anew
 @triton.jit(do_not_specialize=["m"])
 def matmul(a, b0, b1, b2, a_scale, s0, s1, s2, bias0, bias1, bias2, residual, out, out_scale,
@@ -157,16 +174,8 @@ def matmul_geglu(a, b, a_scale, b_scale, bias, out, out_scale, m, n, k, INTEGER:
             g = tl.load(g_at + i * BK, mask=(inner < k - i * BK)[:, None], other=0.0)
         value = tl.dot(x, w, value, out_dtype=value.dtype)
         gate = tl.dot(x, g, gate, out_dtype=gate.dtype)
-    gate_scale = b_scale + n if PER_CHANNEL else b_scale
-    y = _dequantized(
-        value, b_scale, bias, rows, cols, m, n, PER_CHANNEL, a_scale, PER_ROW, HAS_BIAS
-    )
-    z = _dequantized(gate, gate_scale, bias + n, rows, cols, m, n, PER_CHANNEL, a_scale, PER_ROW,
-                     HAS_BIAS)  # fmt: skip
-    z = rounded(_gelu(rounded(z, DTYPE)), DTYPE)
-    y = rounded(rounded(y, DTYPE) * z, DTYPE)
-    at = rows.to(tl.int64)[:, None] * n + cols[None, :]
-    _store(y, out, out_scale, at, (rows < m)[:, None] & (cols < n)[None, :], QUANTIZE)
+    _geglu_epilogue(value, gate, rows, cols, m, n, a_scale, b_scale, bias, out, out_scale, DTYPE,
+                    PER_ROW, PER_CHANNEL, HAS_BIAS, QUANTIZE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["images", "height", "width", "p", "q"])

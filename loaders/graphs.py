@@ -84,11 +84,6 @@ def use(model) -> None:
     model.add_wrapper_with_key(kind, KEY, found)
 
 
-def used(model) -> bool:
-    """Whether `use` was called for this MODEL or what it is a clone of."""
-    return getattr(model.model, "modelopt_graphs", None) is not None
-
-
 def describe(model) -> str:
     """A line of the Load node's text."""
     reason = unfit(model.load_device)
@@ -367,6 +362,9 @@ class Graphs:
         try:
             return executor(*args, **kwargs)
         except torch.OutOfMemoryError:
+            log.info(
+                "ModelOpt: memory ran out, CUDA graphs give theirs back and the call is made again"
+            )
             self.drop()
             comfy.model_management.soft_empty_cache()
         return executor(*again, *args[OPTIONS:], **named)
