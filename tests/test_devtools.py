@@ -160,7 +160,7 @@ def test_only_the_folder_is_unpacked(tmp_path: Path):
         link_member("top/vendor/ComfyUI/link", "/"),
         link_member("top/vendor/ComfyUI/link", "../../.."),
     ],
-    ids=str,
+    ids=["up", "backslashes", "drive", "link to the root", "link up"],
 )
 def test_unsafe_members_are_refused(tmp_path: Path, member):
     name = member if isinstance(member, str) else member.name
