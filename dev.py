@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from devtools import setup_browser
+from devtools import setup_browser, suite
 from devtools.common import ROOT, UserError, has_gpu, say
 from devtools.setup import Environment, set_up
 
@@ -58,7 +58,8 @@ def pytest(
 
 def cmd_test(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
     browser = setup_browser.environment(env.python) if setup_browser.wanted(extra) else {}
-    return pytest(env, extra, browser)
+    arguments, more = suite.shared_out(extra, os.cpu_count() or 1, has_gpu())
+    return pytest(env, arguments, more | browser)
 
 
 def cmd_check(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
@@ -242,7 +243,12 @@ def parser() -> argparse.ArgumentParser:
                          "and as a page beside it")  # fmt: skip
     torture.add_argument("--in-venv", action="store_true", help=argparse.SUPPRESS)
 
-    command("test", cmd_test, "run the test suite", "Further arguments go to pytest.")
+    command(
+        "test",
+        cmd_test,
+        "run the test suite",
+        "Further arguments go to pytest; without any, several processes share it.",
+    )
     command("check", cmd_check, "ruff, then the fast tests", "Further arguments go to pytest.")
     command(
         "serve",

@@ -24,9 +24,9 @@ VENV = ROOT / ".venv"
 STAMP = "modelopt-setup.json"
 PYTHONS = ((3, 10), (3, 13))  # oldest and newest that the pack supports
 TORCH = ["torch==2.14.1", "torchvision", "torchaudio"]
-TOOLS = ["nvidia-modelopt==0.47.0", "diffusers", "pytest", "playwright", "ruff"]
+TOOLS = ["nvidia-modelopt==0.47.0", "diffusers", "pytest", "pytest-xdist", "playwright", "ruff"]
 PROBED = ["torch", "torchvision", "aiohttp", "nvidia-modelopt", "diffusers", "pytest",
-          "playwright", "ruff"]  # fmt: skip
+          "pytest-xdist", "playwright", "ruff"]  # fmt: skip
 NEEDED_BYTES = 9 << 30
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_modelopt.devtools import comfyui as comfy
-from comfyui_modelopt.devtools import common, demo, setup, workflows
+from comfyui_modelopt.devtools import common, demo, setup, suite, workflows
 from comfyui_modelopt.devtools.common import ROOT, UserError
 from comfyui_modelopt.devtools.server import ComfyServer, PromptRejected, ServerDied
 from safetensors.torch import save_file
@@ -362,6 +362,26 @@ def test_pytest_arguments_and_exit_status_go_through():
     done = run_dev("test", "-q", "--collect-only", "no-such-file.py")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "no-such-file.py" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    "extra, processors, gpu, workers, threads",
+    [
+        ([], 2, False, 2, 1),
+        ([], 64, False, 4, 16),
+        ([], 1, False, None, None),
+        ([], 64, True, None, None),
+        (["-q"], 64, False, None, None),
+    ],
+    ids=["two", "many", "one", "gpu", "arguments"],
+)
+def test_processes_share_the_whole_suite_alone(extra, processors, gpu, workers, threads):
+    arguments, variables = suite.shared_out(extra, processors, gpu)
+    if workers is None:
+        assert (arguments, variables) == (extra, {})
+    else:
+        assert arguments == ["-n", str(workers), *suite.SHARED_OUT]
+        assert variables == {"OMP_NUM_THREADS": str(threads)}
 
 
 def test_unknown_arguments_of_other_commands_are_refused():
