@@ -93,7 +93,8 @@ def _difference(wanted: Any, found: Any, where: str = "") -> str | None:
         return None
     if wanted == found:
         return None
-    return f"has {where} {_short(found)} where {_short(wanted)} is asked for"
+    has = f"no {where}" if found is None else f"{where} {_short(found)}"
+    return f"has {has} where {'none' if wanted is None else _short(wanted)} is asked for"
 
 
 def _short(value: Any) -> str:

@@ -107,9 +107,9 @@ def test_it_is_skipped_the_second_time(made, source, recording, convert, tmp_pat
 OTHERS = {
     "algorithm": (["--algorithm", "mse"], 'has recipe algorithm "max" where "mse" is asked for'),
     "layers": (["--layers", "linear only"], "has recipe layers"),
-    "prompts": (["--prompts", "prompts.txt"], "has calibration"),
+    "prompts": (["--prompts", "prompts.txt"], "has no calibration cfg where 7.0 is asked for"),
     "LoRA": (["--lora", "lora.safetensors:0.5"], "has loras [] where [{"),
-    "calibration": ([], "has calibration"),
+    "calibration": ([], "has no calibration cfg where"),
 }
 
 
