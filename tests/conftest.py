@@ -38,6 +38,15 @@ _load_comfyui()
 _load_pack()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes that share the tests among them (pytest-xdist) must give them the same ids."""
+    if addressed := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(
+            f"a test's id must be the same in every process, {addressed[0]} holds an address: name "
+            "its parameters with ids="
+        )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def casts_of_a_gpu():
     """Where kernels are interpreted, casts round as a GPU's do."""
