@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from . import claims, comfyui, identity
 from .options import Order, UsageError, order, parser, recipes
-from .reporter import CONVERTED, FAILED, LEFT, SKIPPED, TAKEN, Reporter, Result
+from .reporter import CONVERTED, FAILED, LEFT, SKIPPED, TAKEN, Log, Reporter, Result
 
 if TYPE_CHECKING:
     from ..quantize.calibration import Calibration
@@ -66,8 +66,9 @@ class Signals:
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status. argv: without the program's name."""
     args = parser().parse_intermixed_args(argv)  # flags may stand between files
-    signals = Signals()
-    with signals.caught(), contextlib.redirect_stdout(sys.stderr):  # libraries' chatter
+    signals, log = Signals(), Log(sys.stderr)
+    # libraries' chatter too
+    with signals.caught(), contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             ordered = order(args)
             reporter = Reporter(ordered.files, args.progress, args.summary, args.quiet)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,13 +15,13 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.samplers import KSampler
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..formats.files import HEADER
 from ..quantize.bridge.unet import quantized_parameter
 from ..utils import out_of_memory
 from ..utils.text import brief
-from ..utils.unreadable import raise_unless_damage
+from ..utils.unreadable import found, holds_code, raise_unless_damage
 from .options import Lora, UsageError
 
 log = logging.getLogger(__name__)
@@ -41,25 +40,16 @@ def check_sampler(sampler_name: str, scheduler: str) -> None:
 def load(file: Path, with_clip: bool):
     """MODEL and CLIP as Load Checkpoint gives them, of a file of a diffusion model the MODEL alone.
     CLIP is None where it is not asked for or not there. Raises ValueError."""
+    _check(file)
     try:
-        if file.suffix.lower() in (".safetensors", ".sft"):
-            with safe_open(file, framework="pt") as opened:  # its errors, before ComfyUI's of them
-                ours = HEADER in (opened.metadata() or {})
-            if ours:  # with layers of our own ComfyUI does not know it
-                raise _quantized(file)
         model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
             str(file),
             output_vae=False,
             output_clip=with_clip,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
-    except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, TypeError) as error:
         raise_unless_damage(file, error)
-        raise _damaged(file, error) from error
-    except (RuntimeError, TypeError) as error:
-        raise_unless_damage(file, error)
-        if "PytorchStreamReader" in str(error):
-            raise _damaged(file, error) from error
         if "Could not detect model type" not in str(error):
             raise
         raise ValueError(
@@ -76,16 +66,53 @@ def load(file: Path, with_clip: bool):
     return model, clip
 
 
-def _quantized(file: Path) -> ValueError:
-    return ValueError(
-        f"a checkpoint must be in 16 or 32 bits, {file} is already quantized: name the original"
+def _check(file: Path) -> None:
+    """Raises ValueError for what is no whole file of weights, or is a file of ours, of whose layers
+    ComfyUI knows nothing.
+
+    A file of torch.save is read whole, and by ComfyUI again: what reading raises can be of any kind,
+    and must not be taken for an error of the code.
+    """
+    ours = False
+    with _while_reading(file, "a checkpoint"):
+        if file.suffix.lower() in (".safetensors", ".sft"):
+            with safe_open(file, framework="pt") as opened:
+                ours = HEADER in (opened.metadata() or {})
+        elif not _are_weights(comfy.utils.load_torch_file(str(file))):
+            raise TypeError("it holds no weights by their names")
+    if ours:
+        raise _quantized(file)
+
+
+def _are_weights(held: object) -> bool:
+    return (
+        isinstance(held, dict)
+        and all(isinstance(name, str) for name in held)
+        and any(isinstance(one, torch.Tensor) for one in held.values())
     )
 
 
-def _damaged(file: Path, error: Exception) -> ValueError:
+@contextlib.contextmanager
+def _while_reading(file: Path, what: str) -> Iterator[None]:
+    """Tells any error of a reader as what is wrong with the file, as ValueError: pickle raises anything."""
+    try:
+        yield
+    except Exception as error:
+        raise_unless_damage(file, error)
+        if holds_code(error):
+            raise ValueError(
+                f"{what} must hold data only, {file} holds something else and was not opened "
+                f"({found(error)}): get it as .safetensors"
+            ) from error
+        raise ValueError(
+            f"{what} must be a whole file of weights, {file} is not ({found(error)}): it is damaged "
+            "or incomplete, get it again"
+        ) from error
+
+
+def _quantized(file: Path) -> ValueError:
     return ValueError(
-        f"a checkpoint must be a whole file of weights, {file} is not "
-        f"({' '.join(str(error).split())}): it is damaged or incomplete, get it again"
+        f"a checkpoint must be in 16 or 32 bits, {file} is already quantized: name the original"
     )
 
 
@@ -104,14 +131,8 @@ def check_loras(loras: Sequence[Lora]) -> None:
 
 def _read_lora(path: Path):
     """Tensors and metadata. Raises ValueError for what is no whole file of weights."""
-    try:
+    with _while_reading(path, "a LoRA"):
         return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    except Exception as error:  # pickle raises anything
-        raise_unless_damage(path, error)
-        raise ValueError(
-            f"a LoRA must be a whole file of weights, {path} is not ({brief(_line(error))}): it is "
-            "damaged or incomplete, get it again"
-        ) from error
 
 
 def with_loras(model, clip, loras: Sequence[Lora]):

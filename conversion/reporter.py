@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -19,6 +20,8 @@ from ..utils.report import megabytes
 CONVERTED, SKIPPED, FAILED, TAKEN, LEFT = "converted", "skipped", "failed", "taken", "not tried"
 # seconds between two writings of the progress file
 INTERVAL = 1.0
+# seconds without a line in a log, where none can be written over, until one says what is being done
+PAUSE = 30.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,26 @@ class Result:
     seconds: float = 0.0
 
 
+class Log:
+    """A stream of text whose disk may be full, or whose reader gone: what it does not take is left out,
+    and the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Reporter:
     """total: files. progress, summary: files to keep, or None. quiet: says what failed only."""
 
@@ -55,7 +78,7 @@ class Reporter:
         self.results: dict[Path, Result] = {}
         self.started = time.time()
         self._current: dict[str, Any] | None = None
-        self._written = 0.0
+        self._written, self._logged = 0.0, time.monotonic()
         self._refused: set[Path] = set()
         self._line = 0  # letters of the line that is written over
 
@@ -65,6 +88,7 @@ class Reporter:
         self._clear()
         self.stream.write(f"{text}\n")
         self.stream.flush()
+        self._logged = time.monotonic()
 
     def begin(self, file: Path) -> None:
         """The file that is looked at from now on."""
@@ -144,11 +168,15 @@ class Reporter:
         self._keep(self.progress, facts)
 
     def _show(self) -> None:
-        if self.quiet or not self.stream.isatty():
+        if self.quiet:
             return
         now = self._current
         share = f" {100 * now['done'] // now['total']} %" if now["total"] else ""
         text = f"{Path(now['file']).name}: {now['step']}{share}"[:100]
+        if not self.stream.isatty():
+            if time.monotonic() - self._logged >= PAUSE:
+                self.say(text)
+            return
         self.stream.write(f"\r{text.ljust(self._line)}")
         self.stream.flush()
         self._line = len(text)

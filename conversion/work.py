@@ -17,7 +17,9 @@ from ..loaders import unet as loader
 from ..nodes.planning import sizes
 from ..nodes.quantize_and_load import quantize_and_load
 from ..quantize import calibration as calibration_file
+from ..quantize import engine
 from ..quantize.bridge import sampling
+from ..quantize.bridge.unet import unet_of
 from ..quantize.calibration import Calibration
 from ..utils.progress import detail, progress, tell
 from ..utils.whole_file import NameTaken, remove_left
@@ -47,6 +49,7 @@ def convert(
         model, clip = models.load(file, with_clip=samples)
         model, clip = models.with_loras(model, clip, order.loras)
         if samples:
+            engine.prepared(unet_of(model), order.recipe)  # its errors, before hours of sampling
             tell("Sampling the prompts")
             recordings = sampling.record_prompts(
                 model, clip, order.prompts, **asdict(order.sampling)

@@ -1,8 +1,10 @@
-"""Files that the system does not give, which says nothing of what they hold."""
+"""Readers that failed: files that the system does not give, which says nothing of what they hold, and
+what was found in the others, in a line."""
 
 from __future__ import annotations
 
 import errno
+import pickle
 from pathlib import Path
 
 from . import out_of_memory
@@ -22,6 +24,23 @@ def raise_unless_damage(path: Path | str, error: Exception) -> None:
             f"{path} must be a file that can be read, got {why}: check its name, its permissions and the "
             "disk"
         ) from cause
+
+
+def holds_code(error: Exception) -> bool:
+    """Whether torch did not open a file because opening it would run something."""
+    return isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
+
+
+def found(error: Exception) -> str:
+    """What a reader found, in one line. Of torch's advice to run what a file holds (weights_only=False)
+    nothing is left."""
+    text = str(error).partition("Check the documentation of torch.load")[0]
+    if isinstance(error, pickle.UnpicklingError):
+        text = text.rpartition("WeightsUnpickler error:")[2].partition("Please use")[0]
+        text = ([""] + [line for line in text.splitlines() if line.strip()])[-1]
+    text = " ".join(text.split())
+    bare = isinstance(error, LookupError) or not text  # a key alone says nothing
+    return brief(f"{type(error).__name__}: {text}".rstrip(": ") if bare else text)
 
 
 def _met(error: Exception) -> BaseException:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...utils.text import brief
-from ...utils.unreadable import raise_unless_damage
+from ...utils.unreadable import found, raise_unless_damage
 
 PIECE = 2**22
 
@@ -45,12 +45,12 @@ def load(path: Path) -> object:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"a checkpoint must hold data only, {path} holds something else and was not opened "
-            f"({_cause(error)}): do not use this file unless you know who made it and why"
+            f"({found(error)}): do not use this file unless you know who made it and why"
         ) from error
     except Exception as error:  # torch's reader meets damage with nearly every kind of error
         raise_unless_damage(path, error)
         raise ValueError(
-            f"a checkpoint must be a whole file of torch.save, {path} is not ({_cause(error)}): "
+            f"a checkpoint must be a whole file of torch.save, {path} is not ({found(error)}): "
             "get it again"
         ) from error
 
@@ -82,10 +82,3 @@ def _check_members(path: Path) -> None:
             f"{brief(packed[0] if packed else 'the data')} in {path} unpacks to more than the file "
             "holds: do not use this file unless you know who made it"
         )
-
-
-def _cause(error: Exception) -> str:
-    """The sentence of torch's message that names what was found."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if "WeightsUnpickler error" in line or "GLOBAL" in line]
-    return (named or lines or [type(error).__name__])[0][:200]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import comfy.model_management
@@ -18,7 +21,7 @@ import comfy.utils
 import pytest
 import safetensors
 import torch
-from comfyui_modelopt.conversion import claims, identity, models, work
+from comfyui_modelopt.conversion import claims, identity, models, reporter, work
 from comfyui_modelopt.conversion.main import main
 from comfyui_modelopt.conversion.options import Lora, UsageError
 from comfyui_modelopt.formats import files
@@ -26,6 +29,7 @@ from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.nodes.planning import sizes
 from comfyui_modelopt.nodes.quantize_and_load import quantize_and_load
 from comfyui_modelopt.quantize import calibration as calibration_file
+from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils import out_of_memory, whole_file
 from safetensors.torch import load_file
@@ -408,6 +412,76 @@ def test_a_quantized_text_encoder_is_no_quantized_file(source, tmp_path):
     assert None not in models.load(tmp_path / "mixed.safetensors", with_clip=True)
 
 
+class Foreign:
+    """Of no class for which torch opens a file."""
+
+
+def zipped(name: str) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr(name, "hi")
+    return made.getvalue()
+
+
+def saved(value: object, **options) -> bytes:
+    made = io.BytesIO()
+    torch.save(value, made, **options)
+    return made.getvalue()
+
+
+WEIGHTS = {"a.weight": torch.zeros(300)}
+# a file's name -> what is in it, what is said of it
+DAMAGED = {
+    "two.ckpt": (b"hi", "KeyError: 105"),
+    "text.ckpt": (b"this is no checkpoint\n", "IndexError: "),
+    "page.ckpt": (b"<!DOCTYPE html>", "Unsupported operand 60"),
+    "empty.ckpt": (b"", "EOFError"),
+    "zip.ckpt": (zipped("readme"), "file in archive is not in a subdirectory"),
+    "cut.ckpt": (saved(WEIGHTS)[:-300], ""),
+    "half.pt": (saved(WEIGHTS)[:400], "failed finding central directory"),
+    "old.ckpt": (saved(WEIGHTS, _use_new_zipfile_serialization=False)[:-30], "30 more bytes"),
+    "list.ckpt": (saved([torch.zeros(3)]), "no attribute"),
+    "numbers.ckpt": (saved({"step": 1, "epoch": 2}), "it holds no weights by their names"),
+    "short.safetensors": (b"hi", "header too small"),
+    "nothing.safetensors": (b"", "header too small"),
+    "archive.safetensors": (zipped("readme"), "header too large"),
+    "foreign.ckpt": (saved({"a": Foreign()}), "Foreign was not an allowed global"),
+}
+
+
+def test_damaged_checkpoints_end_themselves_alone(
+    made, source, recording, convert, tmp_path, caplog, monkeypatch
+):
+    """Whatever a reader raises over them, and without torch's advice to run what they hold."""
+    monkeypatch.setattr(models, "free", lambda: None)  # a second for each
+    for name, (content, _) in DAMAGED.items():
+        (tmp_path / name).write_bytes(content)
+    files = [tmp_path / name for name in DAMAGED]
+    rows = convert(*files, source, "--calibration", recording, "--out", made, status=1)
+    assert rows.pop("sd15.safetensors")["status"] == "skipped"
+    for name, (_, found) in DAMAGED.items():
+        error = rows[name]["error"]
+        rule = (
+            "must hold data only" if name == "foreign.ckpt" else "must be a whole file of weights"
+        )
+        assert rows[name]["status"] == "failed" and error.startswith(f"a checkpoint {rule}")
+        assert str(tmp_path / name) in error and found in error and "weights_only" not in error
+    assert not caplog.records, "no traceback"
+    assert [path.name for path in made.iterdir()] == [NAME]
+
+
+def test_a_recipe_that_does_not_fit_is_refused_before_prompts_are_sampled(
+    source, convert, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sampling, "record_prompts", lambda *_, **__: pytest.fail("sampled"))
+    flags = ["--format", "int8", "--skip", "midle_block.*"]
+    row = convert(source, "--out", tmp_path / "out", flags=flags, status=1)["sd15.safetensors"]
+    assert row["error"].startswith(
+        "a skip pattern must match a layer, 'midle_block.*' matches none"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_prompts_need_a_text_encoder(source, convert, tmp_path):
     tensors = {k: x for k, x in load_file(source).items() if k.startswith("model.")}
     files.save_safetensors(tensors, tmp_path / "unet.safetensors", {})
@@ -498,3 +572,30 @@ def test_files_for_others_that_cannot_be_written_do_not_stop_it(
     ]
     assert row["status"] == "skipped"
     assert capsys.readouterr().err.count("is not kept, it cannot be written") == 1
+
+
+def test_a_full_disk_under_the_log_does_not_fail_a_conversion(
+    source, recording, tmp_path, comfyui, monkeypatch
+):
+    """Nor what ModelOpt prints."""
+
+    class Full(io.StringIO):
+        refused = 0
+
+        def write(self, text=""):
+            self.refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = write
+
+    def convert(*given, **options):
+        print("Inserted 9 quantizers")  # noqa: T201
+        return original(*given, **options)
+
+    original, full = work.convert, Full()
+    monkeypatch.setattr(work, "convert", convert)
+    monkeypatch.setattr(reporter, "PAUSE", 0)
+    monkeypatch.setattr(sys, "stderr", full)
+    flags = [*FLAGS, "--comfyui", comfyui, "--calibration", recording, "--out", tmp_path / "out"]
+    assert main([str(part) for part in (*flags, source)]) == 0
+    assert (tmp_path / "out" / NAME).exists() and full.refused > 10
