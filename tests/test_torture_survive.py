@@ -182,11 +182,47 @@ def test_the_soak_finds_what_grows_and_counts_what_was_right():
     (finding,) = judged(growing).findings
     assert finding == "1180 MB after cycle 10, 1260 MB after cycle 16 (+6.8%)"
     assert judged([10**9] * soak.LEAST).findings == []
-    row = judged([10**9] * soak.LEAST, {3: ["a", "b"], 4: ["c"] * 20}, ["/x"])
+    row = judged([10**9] * soak.LEAST, {3: ["a", "b"], 4: ["c"] * 20}, ["still open: /x"])
     assert len(row.findings) == 23
     assert list(row.outcomes.values()) == [soak.LEAST - 2]
     every = judged([10**9] * soak.LEAST, dict.fromkeys(range(soak.LEAST), ["a"]))
     assert not every.outcomes
+
+
+class GpuServer:
+    """A server with a GPU, which frees some looks after it was told to."""
+
+    def __init__(self, kept: int, kind: str = "cuda"):
+        self.kept, self.kind, self.looks, self.told = kept, kind, 0, []
+
+    def request(self, path, body):
+        self.told.append((path, body))
+        self.looks = 0
+
+    def get(self, path):
+        assert path == "/system_stats"
+        self.looks += 1
+        held = 10**9 if self.looks < soak.ALIKE else self.kept
+        torch_held = held - 2 * 10**7
+        return {"devices": [{
+            "type": self.kind, "index": 0, "vram_total": 10**10, "vram_free": 10**10 - held,
+            "torch_vram_total": 2 * 10**9, "torch_vram_free": 2 * 10**9 - torch_held,
+        }]}  # fmt: skip
+
+
+def test_the_soak_finds_what_a_gpu_still_holds(monkeypatch):
+    monkeypatch.setattr(soak, "LOOK", 0)
+    server = GpuServer(3 * 10**7)
+    first = soak.on_gpus(server)
+    assert first == {"cuda:0 vram": 3 * 10**7, "cuda:0 torch_vram": 10**7}
+    assert server.told == [("/free", {"unload_models": True, "free_memory": True})]
+    server.kept += 9 * 10**6
+    (torch_alone,) = soak.kept(first, soak.on_gpus(server))
+    assert torch_alone == "still in use: 19 MB of cuda:0 torch_vram, 10 MB after cycle 1"
+    server.kept += 10**8
+    assert len(soak.kept(first, soak.on_gpus(server))) == 2
+    assert soak.kept(first, first) == []
+    assert soak.on_gpus(GpuServer(3 * 10**7, "cpu")) == {}
 
 
 def ended(interrupted=False, seconds: float | None = None, error: str | None = None) -> Result:

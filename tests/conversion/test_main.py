@@ -32,6 +32,7 @@ from comfyui_modelopt.quantize import calibration as calibration_file
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils import out_of_memory, whole_file
+from comfyui_modelopt.utils.progress import tell
 from safetensors.torch import load_file
 
 # few layers, for speed
@@ -575,7 +576,7 @@ def test_files_for_others_that_cannot_be_written_do_not_stop_it(
 
 
 def test_a_full_disk_under_the_log_does_not_fail_a_conversion(
-    source, recording, tmp_path, comfyui, monkeypatch
+    made, source, tmp_path, comfyui, monkeypatch
 ):
     """Nor what ModelOpt prints."""
 
@@ -588,14 +589,16 @@ def test_a_full_disk_under_the_log_does_not_fail_a_conversion(
 
         flush = write
 
-    def convert(*given, **options):
+    def convert(file, output, *_):
         print("Inserted 9 quantizers")  # noqa: T201
-        return original(*given, **options)
+        tell("Calibrating")
+        shutil.copyfile(made / NAME, output)
+        return {"bytes_before": 1, "file_bytes": 1}
 
-    original, full = work.convert, Full()
+    full = Full()
     monkeypatch.setattr(work, "convert", convert)
     monkeypatch.setattr(reporter, "PAUSE", 0)
     monkeypatch.setattr(sys, "stderr", full)
-    flags = [*FLAGS, "--comfyui", comfyui, "--calibration", recording, "--out", tmp_path / "out"]
+    flags = [*FLAGS, "--comfyui", comfyui, "--out", tmp_path / "out"]
     assert main([str(part) for part in (*flags, source)]) == 0
-    assert (tmp_path / "out" / NAME).exists() and full.refused > 10
+    assert (tmp_path / "out" / NAME).exists() and full.refused > 5
