@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from comfyui_modelopt.devtools.torture import (
     points,
     servers,
     soak,
+    subject,
 )
 from comfyui_modelopt.devtools.torture.outcome import Effort, Row
 from comfyui_modelopt.devtools.torture.subject import Subject, temporary_files
@@ -169,6 +171,45 @@ def test_points_in_a_thread_are_met_as_those_of_the_job_itself(monkeypatch):
         lambda error: None if isinstance(error, OSError) else f"it ended with {error!r}",
     )  # fmt: skip
     ended_well(trial.rows("faults", "a thread", where, Effort(), "right"), 4)
+
+
+class BesideAThread(InAThread):
+    """A job that passes a point while a thread of its own reads a file, and one afterwards."""
+
+    def run(self, job):
+        opened, enough = threading.Event(), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self.read, opened, enough)
+            opened.wait(5)
+            try:
+                self.reached()
+            finally:
+                enough.set()
+        self.reached()
+        return 7
+
+    def read(self, opened, enough):
+        with open(__file__, "rb"):
+            opened.set()
+            enough.wait(5)
+
+    def state(self, whole=True):
+        return {"open files": subject.open_files()}
+
+
+@posix
+def test_points_beside_a_thread_that_reads_are_met_with_that_thread(monkeypatch):
+    """A copy of the process would have its file open for ever."""
+    copies, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: (copies.append(1), fork())[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = BesideAThread()
+    trial = points.Trial(
+        job, "load", job.install, faults.disk_fails,
+        lambda error: None if isinstance(error, OSError) else f"it ended with {error!r}",
+    )  # fmt: skip
+    ended_well(trial.rows("faults", "a thread", range(2), Effort(), "right"), 2)
+    assert len(copies) == 1, "of the second point"
 
 
 def judged(memory: list[int], wrong: dict[int, list[str]] | None = None, left=()) -> Row:

@@ -3,13 +3,15 @@
 Where the system can (POSIX, no GPU in use), the job runs once: at every point a copy of the process
 (fork) meets the fault, ends, is looked at and says what it found, and the job goes on. Elsewhere, for
 jobs that write files, which a copy would share, and for those that pass points in a thread of their own,
-of which a copy would be all there is, the job is begun anew for every point.
+of which a copy would be all there is, the job is begun anew for every point; so it is for points beside
+which a thread of the job works, whose files the copy would have open and nobody to close them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import select
@@ -118,12 +120,16 @@ class Trial:
         gc.freeze()  # what a collection would touch, a copy of the process would copy
         reports: list[tuple[int, list[str]]] = []
         passed, mine, answer = 0, -1, -1
-        wanted = set(where)
+        wanted, accompanied = set(where), []
+        others = set(threading.enumerate())
 
         def reached() -> None:
             nonlocal passed, mine, answer
             point, passed = passed, passed + 1
             if mine >= 0 or point not in wanted or effort.over:
+                return
+            if set(threading.enumerate()) - others:
+                accompanied.append(point)
                 return
             read, write = os.pipe()
             pid = os.fork()
@@ -147,7 +153,7 @@ class Trial:
             os._exit(0)
         if ended is not None:
             raise ended
-        return iter(reports)
+        return itertools.chain(reports, self._anew(accompanied, whole, effort))
 
 
 @contextlib.contextmanager
