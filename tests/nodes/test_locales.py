@@ -246,12 +246,18 @@ def test_both_languages_say_the_same(node_id):
 # --- messages ---
 
 
+ROOMS = ("formats", "kernels", "loaders", "nodes", "quantize", "utils")
+COMMANDS = ("conversion", "devtools", "convert.py", "dev.py")
+
+
 @functools.cache
-def strings_of_the_code() -> tuple[str, ...]:
-    """Every string in the rooms that raise or report, a value within one as a NUL."""
+def strings_of_the_code(rooms: tuple[str, ...] = ROOMS) -> tuple[str, ...]:
+    """Every string in what raises or reports, a value within one as a NUL."""
     found = []
-    for room in ("formats", "kernels", "loaders", "nodes", "quantize", "utils"):
-        for path in (ROOT / room).rglob("*.py"):
+    for room in rooms:
+        for path in [ROOT / room, *(ROOT / room).rglob("*.py")]:
+            if path.suffix != ".py":
+                continue
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):
                     parts = [getattr(part, "value", None) for part in node.values]
@@ -261,10 +267,10 @@ def strings_of_the_code() -> tuple[str, ...]:
     return tuple(found)
 
 
-def is_said(message: str) -> bool:
+def is_said(message: str, rooms: tuple[str, ...] = ROOMS) -> bool:
     """`…` stands for any values."""
     pattern = re.compile("[^\n]*?".join(map(re.escape, message.strip("…").split("…"))))
-    return any(pattern.search(text) for text in strings_of_the_code())
+    return any(pattern.search(text) for text in strings_of_the_code(rooms))
 
 
 @pytest.mark.parametrize("node_id", SCHEMAS)
@@ -277,3 +283,47 @@ def test_messages_are_those_of_the_code(node_id):
 def test_a_message_that_nobody_raises_is_found():
     assert is_said("a skip pattern must match a layer, … matches none of …")
     assert not is_said("a skip pattern must match a node, … matches none of …")
+
+
+# of the README's table: what ComfyUI, its page, torch, ModelOpt and argparse say
+OF_OTHERS = {
+    "Could not acquire lock on database",
+    "IMPORT FAILED",
+    "Inserted … quantizers",
+    "Missing Models",
+    "Node 2.0 only",
+    "Port 8188 is already in use",
+    "Torch not compiled with CUDA enabled",
+    "You need pytorch with cu130 or higher",
+    "invalid choice",
+    "the following arguments are required",
+    "transformers … is not tested with current version of modelopt",
+}
+# and what is put together of several strings
+COMPOSED = {
+    "16 bits, compiled: not measured",
+    "a LoRA must be a whole file of weights",
+    "a calibration file must have a modelopt_calibration header",
+    "a checkpoint must be a whole file of weights",
+    "an int8 convolution kernel needs compute capability 8.0",
+    "dequantized: fp8 needs compute capability 8.9",
+    "exact reference: the … convolution kernel needs Triton: …",
+    "needs in_features divisible by …",
+    "needs the UNet (… GB) and room for its calls … ran out",
+    "pictures need positive, negative, latent_image",
+    "the computer's memory has … GB free and ran out",
+    "the file must lie in ComfyUI's diffusion_models folder … The workflow's file was made by: …",
+    "the file must lie in ComfyUI's modelopt_calibration folder",
+}
+
+
+def test_the_table_of_errors_quotes_what_is_said():
+    """A flag before the rule stands for any."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("\n## Troubleshooting\n")[2].partition("\n## ")[0]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    quoted = {one for cell in cells for one in re.findall(r'"([^"]+)"', cell)}
+    assert len(quoted) > 100 and quoted > OF_OTHERS | COMPOSED
+    rules = {re.sub(r"^--[a-z-]+ ", "", one) for one in quoted - OF_OTHERS - COMPOSED}
+    strange = sorted(one for one in rules if not is_said(one, ROOMS + COMMANDS))
+    assert not strange, strange
