@@ -20,8 +20,11 @@ def describe(device: torch.device, kinds: Collection[str] = check.KINDS) -> GPU:
     the first time (seconds). Others are taken to work.
     """
     torch_version = _version(torch.__version__)
-    if device.type != "cuda" or torch.version.hip:
-        name = "AMD GPU" if torch.version.hip else {"cpu": "the CPU"}.get(device.type, device.type)
+    if device.type != "cuda":
+        name = {"cpu": "the CPU", "mps": "an Apple GPU"}.get(device.type, device.type)
+        return GPU(device.type, name, torch=torch_version)
+    if torch.version.hip:
+        name = torch.cuda.get_device_name(device) or "an AMD GPU"
         return GPU(device.type, name, torch=torch_version)
     backends = comfy_kitchen.list_backends()
     found = torch.cuda.get_device_capability(device)

@@ -189,7 +189,7 @@ def _usual(
         return Kernel(f"{what}: comfy-kitchen", NATIVE, found.why, NATIVE_KERNELS[key])
     if arithmetic in (AUTO, LIBRARY) and _dequantizes(layer, gpu, as_stock):
         why = found.why
-        if gpu.capability is None:
+        if gpu.device == "cpu":
             why += "; stock ComfyUI computes this file the same way"
         return Kernel(f"{what}: dequantized", DEQUANTIZED, why, as_stock_does)
     return Kernel(f"{what}: exact reference", EMULATED, found.why, REFERENCE[key])

@@ -12,10 +12,14 @@ CARDS = {
     (7, 5): "GeForce RTX 20, GTX 16, Quadro RTX, T4 (Turing)",
     (8, 0): "A100, A30 (Ampere, data centre)",
     (8, 6): "GeForce RTX 30, RTX A2000 to A6000, A10, A40 (Ampere)",
+    (8, 7): "Jetson Orin (Ampere)",
     (8, 9): "GeForce RTX 40, RTX Ada, L4, L40 (Ada)",
     (9, 0): "H100, H200, GH200 (Hopper)",
     (10, 0): "B100, B200, GB200 (Blackwell, data centre)",
+    (10, 3): "B300, GB300 (Blackwell Ultra, data centre)",
+    (11, 0): "Jetson Thor (Blackwell)",
     (12, 0): "GeForce RTX 50, RTX PRO Blackwell (Blackwell)",
+    (12, 1): "DGX Spark, GB10 (Blackwell)",
 }
 # format -> first compute capability with tensor cores for it; None: none is needed
 NEEDS = {
@@ -27,6 +31,9 @@ NEEDS = {
     "w4a8": (8, 9),
     "fp8_e5m2": None,
 }
+# (format, compute capability) -> why its units are not used, although the card has them. B300 of 8:
+# INT8 2 to 3 POPS, FP16 36 PFLOPS (NVIDIA's table of HGX B300)
+SLOWER = {("int8", (10, 3)): "int8 units are slower than those of 16 bits"}
 FLOAT8 = ("fp8", "fp8_e5m2", "mxfp8", "nvfp4", "w4a8")
 # our Triton kernels (Linear and convolution): format -> first compute capability
 OURS = {"int8": (8, 0), "fp8": (8, 9), "w4a8": (8, 9)}
@@ -36,9 +43,9 @@ PRODUCTS = {"int8": "int8", "fp8": "fp8", "w4a8": "fp8"}
 
 @dataclass(frozen=True)
 class GPU:
-    """What decides. capability: None where it is not an NVIDIA GPU. cuda: of the torch build.
+    """What decides. device: "cuda" also of AMD's GPUs. capability: None where it is not an NVIDIA GPU.
 
-    backends: comfy-kitchen's that are enabled. torch: its version. no_triton: "int8" or "fp8" -> why
+    cuda: of the torch build. backends: comfy-kitchen's that are enabled. torch: its version. no_triton: "int8" or "fp8" -> why
     our Triton kernels of that kind do not run here, where they do not.
     """
 
@@ -52,8 +59,9 @@ class GPU:
 
     def runs(self, name: str) -> bool:
         """Whether our Triton kernels compute layers of this format here."""
-        fits = self.capability is not None and name in OURS and self.capability >= OURS[name]
-        return fits and PRODUCTS[name] not in self.no_triton
+        if self.capability is None or name not in OURS or (name, self.capability) in SLOWER:
+            return False
+        return self.capability >= OURS[name] and PRODUCTS[name] not in self.no_triton
 
 
 @dataclass(frozen=True)
@@ -73,10 +81,14 @@ def support(name: str, kind: str, gpu: GPU) -> Support:
     needed = NEEDS[name]
     if needed is None:
         return Support(NATIVE, f"{name} saves memory; it is computed in 16 bits on every device")
-    if gpu.capability is None:
+    if gpu.device == "cpu":
         return Support(EMULATED, f"no low-precision units on {gpu.name}")
+    if gpu.capability is None:
+        return Support(EMULATED, f"low-precision kernels need an NVIDIA GPU, this is {gpu.name}")
     if gpu.capability < needed:
         return Support(EMULATED, _too_old(name, needed, gpu))
+    if (name, gpu.capability) in SLOWER:
+        return Support(EMULATED, f"{SLOWER[name, gpu.capability]} on {gpu.name}")
     if gpu.runs(name):
         return Support(NATIVE)
     if kind == "conv2d":
@@ -116,10 +128,17 @@ def _software(name: str, gpu: GPU) -> Support:
             EMULATED, f"{name} kernels need CUDA 12.8 in torch, found {_dotted(gpu.cuda)}"
         )
     if "cuda" not in gpu.backends:
+        if gpu.cuda is None or gpu.cuda < (13, 0):
+            return Support(
+                NATIVE,
+                "slow, activations are quantized in plain PyTorch because comfy-kitchen's CUDA kernels are off: ComfyUI enables them with a CUDA 13 build "
+                f"of torch only, this one is built for CUDA {_dotted(gpu.cuda)}",
+            )
+        # its wheels with kernels are for Python 3.12 and newer
         return Support(
             NATIVE,
-            "slow, activations are quantized in plain PyTorch because comfy-kitchen's CUDA kernels are off: ComfyUI enables them with a CUDA 13 build "
-            f"of torch only, this one is built for CUDA {_dotted(gpu.cuda)}",
+            "slow, activations are quantized in plain PyTorch because comfy-kitchen's CUDA kernels are missing: this installation's package has none, "
+            "the one for Python 3.12 and newer does",
         )
     return Support(NATIVE)
 
@@ -140,12 +159,10 @@ def recommend(gpu: GPU) -> dict[str, tuple[str, str]]:
     elif native("int8"):
         fastest = ("int8", "8-bit integer tensor cores")
     else:
-        fastest = ("int8", "no low-precision units here: nothing gets faster, memory gets smaller")
+        fastest = ("int8", "nothing gets faster here, memory gets smaller")
     smallest = ("int4", "4.1 bits a weight, computed in 16 bits")
-    best = (
-        "int8",
-        "smoothquant with linear only measured nearest to 16 bits of what computes in fewer",
-    )
+    nearest = "smoothquant with linear only measured nearest to 16 bits"
+    best = ("int8", f"{nearest} of what computes in fewer" if native("int8") else nearest)
     picks = {"smallest file": smallest, "fastest picture": fastest, "best picture": best}
     return {goal: pick for goal, pick in picks.items() if allowed(pick[0])}
 
@@ -154,6 +171,15 @@ def table(gpu: GPU) -> list[tuple[str, str, Support]]:
     """(format, kind, support) for every format and kind."""
     return [
         (name, kind, support(name, kind, gpu)) for name in NEEDS for kind in ("linear", "conv2d")
+    ]
+
+
+def natively(card: tuple[int, int]) -> list[str]:
+    """Formats that Linear layers run in natively on a compute capability, given its software."""
+    return [
+        name
+        for name, needed in NEEDS.items()
+        if needed is not None and card >= needed and (name, card) not in SLOWER
     ]
 
 

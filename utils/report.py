@@ -172,8 +172,7 @@ def capability_report(gpu: capability.GPU) -> str:
         lines.append(f"For the {goal}: {name} ({reason})")
     lines.append("Formats that Linear layers run in natively, by card:")
     for needed, cards in capability.CARDS.items():
-        native = [n for n, c in capability.NEEDS.items() if c is not None and needed >= c]
-        lines.append(f"{dotted(needed)} {cards}: {', '.join(native)}")
+        lines.append(f"{dotted(needed)} {cards}: {', '.join(capability.natively(needed))}")
     return "\n".join(lines)
 
 
