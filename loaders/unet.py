@@ -275,13 +275,14 @@ def kernels(model) -> dict[str, dispatch.Kernel]:
 
 
 def _log_kernels(model, where: str, gpu: GPU) -> None:
-    """Once a load, by name; a warning where a GPU does not compute what the format is for."""
+    """Once a load, by name; a warning where a GPU of any maker does not compute what the format is
+    for. On a CPU nobody expects it."""
     chosen = Counter(kernels(model).values())
     text = "; ".join(
         f"{count} layers {kernel.name}" + (f" ({kernel.why})" if kernel.why else "")
         for kernel, count in chosen.items()
     )
-    falls = gpu.capability is not None and any(
+    falls = gpu.device != "cpu" and any(
         kernel.level in ("dequantized", "emulated") for kernel in chosen
     )
     log.log(logging.WARNING if falls else logging.INFO, "ModelOpt: loaded %s: %s", where, text)
