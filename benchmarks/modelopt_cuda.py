@@ -299,7 +299,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         say("benchmarks/modelopt_cuda.py: needs an NVIDIA GPU, torch finds none", file=sys.stderr)
         return 1
-    say(modelopt.build_kernels(EXTENSIONS, lambda: None), file=sys.stderr)
+    for name, built in modelopt.build_kernels(EXTENSIONS).items():
+        say(f"{name}: {'built' if built else 'could not be built'}", file=sys.stderr)
     result = machine.describe()
     path = args.out / f"modelopt_cuda_{machine.slug(result, args.quick)}.json"
 

@@ -10,7 +10,7 @@ from ..formats import FORMATS, files
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..loaders import device as devices
 from ..loaders import expected
-from ..quantize import engine, needs, prediction
+from ..quantize import engine, modelopt, needs, prediction, whose
 from ..quantize.bridge.unet import unet_of
 from ..quantize.layers import LINEAR_AND_CONV
 from ..quantize.recipe import Recipe
@@ -99,6 +99,7 @@ def plan(model, recipe: Recipe, calibration=None) -> tuple[str, dict]:
         reserved=round(model.model.memory_required(list(call.shape))) if call else None,
         to_quantize=to_quantize if model.load_device.type in COUNTED else None,
         seconds=None if missing else seconds,
+        compiles=bool(modelopt.waiting(whose.kernels_needed(plans, model.load_device))),
         calls=needs.calls(plans, records),
         others=others(model, recipe, calibration),
         convolutions=_share_of_convolutions(source, recipe),

@@ -14,7 +14,7 @@ from ..formats import FORMATS
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils import out_of_memory, sha256
 from ..utils.progress import detail, progress
-from . import families, modelopt, pack, percentile, quality
+from . import families, modelopt, pack, percentile, quality, whose
 from .layers import select
 from .mixed import Mixed, plan_mixed
 from .recipe import AWQ_FULL, AWQ_LITE, SVDQUANT, LayerPlan, Recipe, plan
@@ -105,18 +105,18 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
             replayed = replayed[:passes] if collects else []
             calls = 2 * len(chosen) + sum(len(one) for one in replayed)
             modules = sum(1 for _ in source.modules())
-            builds = modelopt.kernels_needed(plans) if device.type == "cuda" else []
+            builds = whose.kernels_needed(plans, device)
             total = modules + CALL * (calls + len(builds)) + 2 * len(plans) + sha256.pieces(file)
             step = progress(total)
-            if builds:
-                notes.append(modelopt.build_kernels(builds, lambda: step(CALL)))
-            for form in sorted({p.format for p in plans.values()} & {"nvfp4", "mxfp8"}):
-                notes.append(f"Weights packed as ModelOpt's {form} tensors, on {device}.")
             unet = bridge.copy_unet(model, step)
+            home = bridge.home(unet)
             _check_finite(unet, plans, step)
             if modelopt.searches(plans):
                 search = f"{modelopt.searches(plans)}'s search"
                 bridge.check_resident(unet, device, search, "choose the algorithm max")
+            asked = whose.kernels_needed(plans, home)  # none where weights are streamed
+            built = modelopt.build_kernels(asked, lambda: step(CALL)) if asked else {}
+            step(CALL * (len(builds) - len(asked)))
             detail(f"The original: {len(chosen)} UNet calls")
             references = quality.outputs(unet, chosen, device, dtype, lambda: step(CALL))
             _check_outputs(references, ORIGINAL_GIVES_NAN)
@@ -144,6 +144,7 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
             if silent := modelopt.never_called(unet, plans):
                 plans = {name: one for name, one in plans.items() if name not in silent}
                 notes.append(_left_in_16_bits(silent, len(plans)))
+            notes += whose.lines(plans, home, device, built)
             bytes_before = sum(p.numel() * 2 for p in unet.parameters())
             detail(f"Packing {len(plans)} layers")
             tensors, table = pack.pack(unet, plans, step)

@@ -9,16 +9,21 @@ import io
 import itertools
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ..utils import out_of_memory, packages
+from ..utils.progress import detail
 from ..utils.text import brief
 from . import backend, percentile
 from .recipe import AWQ, AWQ_FULL, MAX, MSE, PERCENTILE, SMOOTHQUANT, LayerPlan
 
+COMPILING = (
+    "ModelOpt compiles its CUDA kernels where it has not before on this machine: minutes, once "
+    "(python dev.py precompile does it ahead of time)"
+)
 # where what is raised is in words of ours
 OWN = ("formats", "quantize", "utils")
 # through which errors of others go
@@ -208,36 +213,32 @@ def searches(plans: Mapping[str, LayerPlan]) -> str:
     return next((plan.algorithm for plan in plans.values() if plan.algorithm in AWQ), "")
 
 
-def kernels_needed(plans: Mapping[str, LayerPlan]) -> list[str]:
-    """Names of ModelOpt's CUDA extensions that a calibration on a GPU would build."""
-    found = set()
-    for plan in plans.values():
-        integer = plan.algorithm in AWQ and plan.format in ("int4", "w4a8")
-        if integer or (plan.algorithm == MSE and plan.format in ("int8", "int4")):
-            found.add("get_cuda_ext")
-        if plan.algorithm == MSE and plan.format == "fp8":
-            found.add("get_cuda_ext_fp8")
-    return sorted(found)
-
-
-def build_kernels(names: list[str], step: Callable[[], None]) -> str:
-    """Builds or loads ModelOpt's CUDA kernels; returns a sentence for the report.
-
-    The first time on a machine this takes minutes and needs a CUDA compiler; without one ModelOpt
-    does the same in plain PyTorch. `step` is called after each.
-    """
+def waiting(names: Iterable[str]) -> list[str]:
+    """Those of ModelOpt's CUDA extensions that this process has not tried to build or load yet."""
     from modelopt.torch.quantization import extensions
 
-    log.info("ModelOpt builds its CUDA kernels: minutes the first time (dev.py precompile)")
-    built = []
+    return [name for name in names if not hasattr(getattr(extensions, name), "extension")]
+
+
+def build_kernels(names: Sequence[str], step: Callable[[], None] = lambda: None) -> dict[str, bool]:
+    """Builds or loads ModelOpt's CUDA extensions -> whether each is there.
+
+    The first time on a machine this takes minutes and needs a CUDA compiler, which is said before it
+    begins; without one ModelOpt does the same in plain PyTorch. `step` is called after each.
+    """
+    from modelopt.torch.quantization import extensions
+    from torch.utils import cpp_extension
+
+    if waiting(names) and cpp_extension.CUDA_HOME is not None:
+        log.info("ModelOpt: %s", COMPILING)
+        detail(COMPILING)
+    elif waiting(names):
+        log.info("ModelOpt: no CUDA compiler was found, its PyTorch code runs for its CUDA kernels")
+    built = {}
     for name in names:
-        built.append(getattr(extensions, name)(raise_if_failed=False) is not None)
+        built[name] = getattr(extensions, name)(raise_if_failed=False) is not None
         step()
-    return (
-        "Searched with ModelOpt's CUDA kernels."
-        if all(built)
-        else "Searched with ModelOpt's PyTorch code: its CUDA kernels could not be built here."
-    )
+    return built
 
 
 @contextlib.contextmanager

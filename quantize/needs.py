@@ -14,7 +14,7 @@ from ..formats import FORMATS, blocks
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils.memory import peak_of, watched
 from ..utils.timing import synchronize
-from . import engine, modelopt, quality
+from . import engine, modelopt, quality, whose
 from .layers import kind_of
 from .recipe import AWQ, AWQ_FULL, MSE, SMOOTHQUANT, SVDQUANT, LayerPlan
 
@@ -72,6 +72,10 @@ def try_layers(
     for name, one in plans.items():
         groups.setdefault(key(one), []).append(name)
     found = {}
+    # AWQ's search is not tried
+    trying = {name: one for name, one in plans.items() if one.algorithm == MSE}
+    if asked := whose.kernels_needed(trying, device):
+        modelopt.build_kernels(asked)
     with torch.inference_mode(False), torch.no_grad():
         for which, names in groups.items():
             weights = {name: source.get_submodule(name).weight for name in names}

@@ -17,9 +17,9 @@ class Facts:
     """recipe, layers, kernels, notes: as in the Quantize report. Bytes: file; before (the UNet in 16
     bits); held (the weights once loaded); running (a UNet call beside them), reserved (ComfyUI's
     estimate for it), to_quantize (on the device, in RAM beside it). None: not known. missing: a
-    CALIBRATION is needed and not connected. shape: of the recorded call's latent. others: format ->
-    bytes of the file with the same layers. convolutions: share of the weights that are in
-    convolutions and not quantized."""
+    CALIBRATION is needed and not connected. compiles: whether ModelOpt's CUDA kernels would be built.
+    shape: of the recorded call's latent. others: format -> bytes of the file with the same layers.
+    convolutions: share of the weights that are in convolutions and not quantized."""
 
     recipe: Mapping[str, object]
     layers: Mapping[str, object]
@@ -38,6 +38,7 @@ class Facts:
     reserved: int | None
     to_quantize: tuple[int, int] | None
     seconds: float | None
+    compiles: bool
     calls: int
     others: Mapping[str, int]
     convolutions: float
@@ -148,7 +149,7 @@ def _time_line(facts: Facts) -> str:
     line = f"Time to quantize: about {_duration(facts.seconds)} here"
     if facts.calls and facts.call_seconds is not None:
         line += f", {facts.calls} UNet calls of {facts.call_seconds:.2g} s among it (one was timed)"
-    if facts.gpu.device == "cuda":
+    if facts.compiles:
         line += "; minutes more where ModelOpt builds its CUDA kernels for the first time"
     return line
 

@@ -125,9 +125,14 @@ def too_large(size: int, device: torch.device) -> bool:
     return comfy.model_management.get_free_memory(device) < size + reserve
 
 
+def home(unet: torch.nn.Module) -> torch.device:
+    """Where the weights of a copy lie: the CPU where they are streamed."""
+    return next(unet.parameters()).device
+
+
 def check_resident(unet: torch.nn.Module, device: torch.device, what: str, remedy: str) -> None:
     """Raises ValueError where weights are streamed and `what` needs them on the device."""
-    if next(unet.parameters()).device.type == device.type:
+    if home(unet).type == device.type:
         return
     size = comfy.model_management.module_size(unet)
     free = comfy.model_management.get_free_memory(device)

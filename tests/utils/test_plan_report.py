@@ -32,6 +32,7 @@ def facts(gpu, form, algorithm="max", **more) -> plan_report.Facts:
         "reserved": 3_000_000,
         "to_quantize": (5_000_000, 1_000_000),
         "seconds": 300.0,
+        "compiles": True,
         "calls": 12,
         "others": {"int8": 1_300_000, "fp8": 1_234_567},
         "convolutions": 0.0,
