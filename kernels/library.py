@@ -15,6 +15,13 @@ LEAST = 640
 # sum, which was not timed
 LONG = 2048
 MULTIPLE = 16
+# said of a Linear with calibrated scales that `fits`
+WHY = "PyTorch's own product (cuBLASLt) takes its place where the layer stands alone"
+
+
+def fits(capability: tuple[int, int], n: int, k: int) -> bool:
+    """Whether a weight [n, k] is one for `fp8_mm` on a GPU."""
+    return capability[0] in FASTER and k >= LEAST and not (n % MULTIPLE or k % MULTIPLE)
 
 
 def takes(
@@ -31,9 +38,7 @@ def takes(
         return False
     if a_scale.numel() != 1 or b_scale.numel() != 1 or dtype == torch.float32:
         return False
-    if b.shape[1] < LEAST or b.shape[0] % MULTIPLE or b.shape[1] % MULTIPLE:
-        return False
-    if tiles.chip(a.device).capability[0] not in FASTER:
+    if not fits(tiles.chip(a.device).capability, *b.shape):
         return False
     # compiled, the addition is part of whatever comes next
     return residual is None or b.shape[1] >= LONG or torch.compiler.is_compiling()

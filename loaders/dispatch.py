@@ -16,6 +16,7 @@ from ..kernels import backends, choices
 from ..kernels import blocks as block_kernels
 from ..kernels import fp8 as fp8_kernels
 from ..kernels import int8 as int8_kernels
+from ..kernels import library as library_kernels
 from ..kernels.backends import Backend
 from ..kernels.producers import MAX_ROW
 from ..utils import capability
@@ -175,7 +176,7 @@ def _usual(
     if arithmetic == FAKE and key in simulation.SIMULATED:
         run = simulation.of(layer)
         return Kernel(f"{what}: ModelOpt's simulation", "simulated", found.why, run)
-    own = _own_kernel(layer, gpu, shape, backend)
+    own = _own_kernel(layer, gpu, shape, dtype, backend)
     if own is not None:
         return own
     reason = native.why_not(layer.format, shape, dtype)
@@ -196,7 +197,7 @@ def _usual(
 
 
 def _own_kernel(
-    layer: Layer, gpu: GPU, shape: tuple[int, ...], backend: Backend | None
+    layer: Layer, gpu: GPU, shape: tuple[int, ...], dtype: torch.dtype, backend: Backend | None
 ) -> Kernel | None:
     """Our Triton kernel (or what `backend` says) where it can run the layer."""
     if layer.format not in KINDS or (backend is None and not gpu.runs(layer.format)):
@@ -206,7 +207,11 @@ def _own_kernel(
     chosen = EightBit(layer.format, backend or backends.triton())
     run = chosen.linear if layer.kind == "linear" else chosen.conv2d
     name = f"{layer.format} {layer.kind}: {chosen.backend.name}"
-    return Kernel(name, NATIVE if backend is None else EMULATED, "", run, chosen)
+    if backend is not None:
+        return Kernel(name, EMULATED, "", run, chosen)
+    alone = chosen.kind == "fp8" and layer.kind == "linear" and layer.static
+    alone = alone and dtype in SIXTEEN_BITS and library_kernels.fits(gpu.capability, *shape)
+    return Kernel(name, NATIVE, library_kernels.WHY if alone else "", run, chosen)
 
 
 def _dequantizes(layer: Layer, gpu: GPU, as_stock: bool) -> bool:
