@@ -1,9 +1,9 @@
 """INT4 weights in blocks of 128 input values, activations in 16 bits: a memory format.
 
-Rounding is ModelOpt's (`round(w * (7 / amax))`, clipped to -8..7); a block's largest magnitude is
-stored instead of its scale, because it is a 16-bit number where the weights are, and then gives
-ModelOpt's fake-quantized weight back to the last bit; from 32-bit weights it is rounded to 16 bits,
-the integers being ModelOpt's all the same (an import keeps it in 32 instead). The last block of a row may be shorter.
+Rounding is ModelOpt's (`round(w * (7 / amax))`, clipped to -8..7). A block's amax is stored instead
+of its scale, in 16 bits: where it is no such number (32-bit weights, a searched amax) it is rounded
+before the weight is, so that what is stored is ModelOpt's fake-quantized weight for the stored amax to
+the last bit. An import keeps ModelOpt's amax in 32 bits instead. The last block of a row may be shorter.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def quantize(
     weight: torch.Tensor, amax: torch.Tensor, exact: bool = False
 ) -> dict[str, torch.Tensor]:
     """[N, ...] float and its block maxima -> packed uint8 `weight`, `weight_amax` in 16 bits, or in
-    32 if it must be `exact` and is not in 16.
+    32 if it must be `exact` and is not in 16. The weight is rounded with the maxima that are stored.
 
     Codes are value + 8, so that every byte is two numbers of 0..15, the first in the high nibble.
     """
@@ -86,8 +86,7 @@ def quantize(
     kept = in_sixteen_bits(amax)
     if exact and not torch.equal(kept.float(), amax):
         kept = amax
-    amax = torch.where(kept.float() <= AMAX_EPSILON, 0.0, amax)
-    step, _ = _steps(amax)
+    step, _ = _steps(kept.float())
     in_blocks = blocks.padded(flat, 1, BLOCK).reshape(n, -1, BLOCK)
     codes = ((in_blocks * step).round_().clamp_(-QMAX - 1, QMAX) + (QMAX + 1)).to(torch.uint8)
     codes = blocks.padded(codes.reshape(n, -1)[:, :k], 1, 2)

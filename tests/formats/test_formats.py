@@ -41,8 +41,9 @@ def weight_of(shape, dtype=torch.float32, zero=False):
     return weight
 
 
-def by_modelopt(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """What ModelOpt itself makes of a weight [N, K], dequantized to float32."""
+def by_modelopt(name: str, weight: torch.Tensor, stored=None) -> torch.Tensor:
+    """What ModelOpt itself makes of a weight [N, K], dequantized to float32; of int4 and w4a8 with
+    the amax that are `stored`, where they are given."""
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.model_calib import max_calibrate
     from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
@@ -67,6 +68,9 @@ def by_modelopt(name: str, weight: torch.Tensor) -> torch.Tensor:
         *(TensorQuantizer(QuantizerAttributeConfig(**one)) for one in config)
     )
     max_calibrate(quantizer, lambda module: module(weight))
+    for one, key in zip(quantizer, ("weight_amax", "weight_amax_2"), strict=False):
+        if stored is not None:
+            one._amax = stored[key].float().reshape(one.amax.shape)
     return quantizer(weight.float())
 
 
@@ -88,15 +92,36 @@ def test_values_are_modelopts(name, shape, dtype, zero):
     restored = blocks.flatten(form.dequantize(stored, shape))
     theirs = by_modelopt(form.NAME, blocks.flatten(weight).contiguous())
     if form.NAME in ("int4", "w4a8") and dtype == torch.float32:
-        # the integers are ModelOpt's, their scales are kept in 16 bits
-        assert bool(((restored - theirs).abs() <= 2.0**-3 * theirs.abs() + 1e-9).all())
-        if form.NAME == "int4":
-            assert torch.equal(restored.sign(), theirs.sign())
-            assert bool(((restored - theirs).abs() <= 2.0**-10 * theirs.abs()).all())
-        return
+        # its block maxima are rounded to 16 bits: by at most half of float16's last place
+        amax = form.weight_amax(weight)
+        amax = (amax[0] if form.NAME == "w4a8" else amax).reshape(len(weight), -1)
+        kept = stored["weight_amax"].float()
+        assert bool(((kept - amax).abs() <= 2.0**-11 * amax).all())
+        theirs = by_modelopt(form.NAME, blocks.flatten(weight).contiguous(), stored)
     places = 2 if form.NAME == "int8" else 0  # a product with a scale against a quotient
     last_place = torch.nextafter(theirs.abs(), torch.tensor(torch.inf)) - theirs.abs()
     assert bool(((restored - theirs).abs() <= places * last_place).all())
+
+
+@pytest.mark.parametrize("name", ["int4", "w4a8"])
+@pytest.mark.parametrize("shape", [(40, 320), (6, 48, 3, 3)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_searched_block_maxima_are_rounded_before_the_weight(name, shape, dtype):
+    """Such as mse and awq_full find, of 17 bits or more: what is stored is what ModelOpt makes of
+    the weight with the stored maxima, to the last bit."""
+    form, weight = FORMATS[name], weight_of(shape, dtype)
+    first = form.weight_amax(weight) if name == "int4" else form.weight_amax(weight)[0]
+    clipped = first * torch.linspace(0.51237, 1.0, first.numel()).reshape(first.shape)
+    stored = form.quantize(weight, clipped if name == "int4" else (clipped, first.amax()))
+    assert stored["weight_amax"].dtype.itemsize == 2
+    assert not torch.equal(stored["weight_amax"].float(), clipped)
+    restored = blocks.flatten(form.dequantize(stored, shape))
+    theirs = by_modelopt(name, blocks.flatten(weight).contiguous(), stored)
+    assert torch.equal(restored, theirs)
+    exact = form.quantize(
+        weight, clipped if name == "int4" else (clipped, first.amax()), exact=True
+    )
+    assert torch.equal(exact["weight_amax"], clipped)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
