@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from ..formats import FORMATS
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils import out_of_memory, sha256
+from ..utils.finite import all_finite
 from ..utils.progress import detail, progress
 from . import families, modelopt, pack, percentile, quality, whose
 from .layers import select
@@ -235,11 +236,13 @@ def _check_outputs(outputs: list[torch.Tensor], words: tuple[str, str]) -> None:
             raise ValueError(f"{rule} on call {number} of the {len(outputs)} looked at: {remedy}")
 
 
-def _check_finite(unet: torch.nn.Module, layers: Iterable[str], step: Callable[[], None]) -> None:
-    for name in layers:
-        step()
-        weight = unet.get_submodule(name).weight
-        if not bool(torch.isfinite(weight).all()):
+def _check_finite(unet: torch.nn.Module, layers: Container[str], step: Callable[[], None]) -> None:
+    """Of everything that goes into the file; `step` is called once a layer of `layers`."""
+    for name, tensor in unet.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in layers:
+            step()
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(
                 f"weights must be finite, {name} holds NaN or infinity: "
                 "the checkpoint is damaged, get another copy of it"

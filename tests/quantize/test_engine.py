@@ -186,15 +186,25 @@ def test_already_quantized(sd15, calibration):
         engine.quantize_model(loader.load(made.checkpoint), INT8, calibration)
 
 
-def test_nan_weights_are_named(checkpoints, calibration):
-    state = comfy.utils.load_torch_file(str(checkpoints / "sd15.safetensors"))
-    prefix, name = "model.diffusion_model.", "middle_block.1.proj_in"
-    unet = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    unet[f"{name}.weight"] = unet[f"{name}.weight"].clone()
-    unet[f"{name}.weight"].view(-1)[5] = torch.nan
-    model = comfy.sd.load_diffusion_model_state_dict(unet)
-    with pytest.raises(ValueError, match=f"{name} holds NaN"):
-        engine.quantize_model(model, INT8, calibration)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "middle_block.1.proj_in.weight",
+        "middle_block.1.proj_in.bias",
+        "middle_block.1.norm.weight",
+        "input_blocks.1.0.emb_layers.1.weight",
+        "out.2.bias",
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_what_is_not_finite_is_named(name, value):
+    """Whether it is quantized or stays in 16 bits; without a recording nothing else would notice."""
+    state = synthetic.unet_state_dict("sd15")
+    state[name] = state[name].clone()
+    state[name].view(-1)[5 % state[name].numel()] = value
+    model = comfy.sd.load_diffusion_model_state_dict(state)
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity: .*get another copy"):
+        engine.quantize_model(model, Recipe("int8", layers="linear only"))
 
 
 def test_sixteen_bits():
