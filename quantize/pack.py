@@ -17,8 +17,8 @@ def pack(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Layer]]:
     """Calibrated UNet -> its tensors on the CPU, quantized layers packed, and their table.
 
-    Each layer's weight is given up as soon as it is packed, so that patched or moved weights and
-    their packed form never exist all at once.
+    Each layer's weight and quantizers are given up as soon as it is packed, so that patched or moved
+    weights and their packed form never exist all at once.
     """
     tensors: dict[str, torch.Tensor] = {}
     table: dict[str, Layer] = {}
@@ -27,7 +27,7 @@ def pack(
         with modelopt.failure_explained(f"{name} was packed as {one.format}"):
             stored, table[name] = _pack_layer(name, module, one)
         tensors |= {f"{name}.{key}": value.cpu().contiguous() for key, value in stored.items()}
-        module._parameters["weight"] = None
+        modelopt.give_up(module)
         step()
     taken = set(plans)
     kept = unet.state_dict().keys()  # without what a model computes for itself
