@@ -3,9 +3,10 @@ recorded UNet call is made, and both are scaled to the whole."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,9 @@ SLOW = (MSE, SVDQUANT)
 FINITE = 5
 # scales that ModelOpt's AWQ tries for a layer: alpha from 0 to 1 in steps of 0.1
 AWQ_TRIALS = 11
+# of its search for clipping: clippings tried for each block of BLOCK weights, output channels looked
+# at together, tokens of a call looked at (every n-th, so that it is at least so many)
+CLIPPINGS, BLOCK, CHANNELS, TOKENS = 11, 128, 1024, 64
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,15 @@ class Trial:
 @dataclass(frozen=True)
 class Call:
     """One recorded UNet call of the MODEL in 16 or 32 bits. peak: bytes, None where torch does not
-    count them; live: of them, what was there when each layer was called. shape: of the latent."""
+    count them; live: of them, what was there when each layer was called. shape: of the latent;
+    tokens: that each Linear was given; itemsize: bytes of a number they were given."""
 
     seconds: float
     peak: int | None
     live: Mapping[str, int]
     shape: tuple[int, ...]
+    tokens: Mapping[str, int]
+    itemsize: int
 
 
 def key(one: LayerPlan) -> tuple[str, str, str]:
@@ -145,12 +152,34 @@ def try_call(model, record, step: Callable[[], None] = lambda: None) -> Call:
             quality.outputs(unet, [record], device, dtype, lambda: None)
 
         layers = {name: m for name, m in unet.named_modules() if kind_of(m) is not None}
-        _, peak, live = watched(call, device, layers)
+        tokens: dict[str, int] = {}
+        with _counted(layers, tokens):
+            _, peak, live = watched(call, device, layers)
         step()
         started = time.perf_counter()
         call()
         synchronize(device)
-    return Call(time.perf_counter() - started, peak, live, tuple(record.x.shape))
+    seconds, shape = time.perf_counter() - started, tuple(record.x.shape)
+    return Call(seconds, peak, live, shape, tokens, dtype.itemsize)
+
+
+@contextlib.contextmanager
+def _counted(layers: Mapping[str, torch.nn.Module], tokens: dict[str, int]) -> Iterator[None]:
+    """While it lasts, `tokens` gets how many each Linear is given."""
+
+    def note(name: str, x: torch.Tensor) -> None:
+        tokens[name] = max(tokens.get(name, 0), x.numel() // x.shape[-1])
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name, module in layers.items()
+        if kind_of(module) == "linear"
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def call_peak(
@@ -202,14 +231,15 @@ def memory(
     weights = {name: source.get_submodule(name).weight.numel() for name in plans}
     working = {name: trials[key(one)].packing * weights[name] for name, one in plans.items()}
     searching = max((working[name] for name, x in plans.items() if x.algorithm in AWQ), default=0)
+    calling = max(calling + searching, _clipping(source, plans, working, call))
     if model.load_device.type != "cpu":
         whole = sum(tensor.nbytes for tensor in source.state_dict().values())
         # what the MODEL itself takes there now is given back first
         if bridge.too_large(whole - model.loaded_size(), model.load_device):
             whole = 0  # streamed from RAM
-        return round(whole + max(calling + searching, *working.values())), made.nbytes()
+        return round(whole + max(calling, *working.values())), made.nbytes()
     held = sum(own.values())
-    highest = held + calling + searching
+    highest = held + calling
     packed = dict.fromkeys(plans, 0)
     for name, tensor in made.tensors.items():
         if (module := name.rpartition(".")[0]) in packed:
@@ -225,6 +255,39 @@ def memory(
         held += made.tensors[name].nbytes
         highest = max(highest, held + FINITE * parameter.numel())
     return round(max(highest, held)), 0
+
+
+def _clipping(
+    source: torch.nn.Module,
+    plans: Mapping[str, LayerPlan],
+    working: Mapping[str, float],
+    call: Call | None,
+) -> float:
+    """Bytes that AWQ_FULL's search for clipping takes beside the weights, at its highest, as
+    ModelOpt's `awq_clip` goes about it; 0 where nothing is clipped, or without a call."""
+    kept, highest = 0, 0.0
+    for name, one in plans.items():
+        if one.algorithm != AWQ_FULL or call is None or name not in call.tokens:
+            continue
+        weight = source.get_submodule(name).weight
+        rows, columns = weight.shape
+        size, wide = weight.element_size(), max(weight.element_size(), call.itemsize)
+        across = -(-columns // BLOCK)
+        # the errors of each clipping and the amax, of every layer at once; the scale of awq_lite
+        kept += rows * across * (4 * CLIPPINGS + 2 * size) + columns * (12 + size)
+        tokens = call.tokens[name]
+        tokens = len(range(0, tokens, max(1, tokens // TOKENS)))
+        channels = min(rows, CHANNELS)
+        # each token's products with each weight before they are summed up in blocks, and the sums
+        products = channels * tokens * across * (BLOCK + 1) * wide
+        if columns % BLOCK:  # copies that fill the last block up
+            products += (channels * size + tokens * wide) * across * BLOCK
+        filled = rows * across * BLOCK * size if columns % BLOCK else 0
+        # the weight through the quantizer, as it was last and as it becomes
+        rounded = rows * columns * size + filled
+        live = call.live.get(name, 0)
+        highest = max(highest, live + rounded + max(products, working[name]))
+    return kept + highest
 
 
 def _own(model, plans: Mapping[str, LayerPlan]) -> dict[str, int]:

@@ -50,7 +50,7 @@ SAMPLING = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "schedul
 
 
 def name(recipe: Recipe) -> str:
-    few = "few" if recipe.skip == FEW else "all"
+    few = "all" if recipe.skip == DEFAULT_SKIP else "few"
     return f"{recipe.format} {recipe.algorithm} {recipe.layers} {recipe.activations} {few}"
 
 
@@ -207,6 +207,13 @@ MEASURED = [
     Recipe("int4", "max"),
     Recipe("int4", "svdquant", layers=LINEAR_ONLY, skip=FEW),
     Recipe("w4a8", "max"),
+    Recipe("int4", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("w4a8", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("nvfp4", "svdquant", layers=LINEAR_ONLY, skip=FEW),
+    # more rows than are searched at once; every other token
+    Recipe("int4", AWQ_FULL, layers=LINEAR_ONLY, skip=(*FEW, "*.attn*", "*.ff.net.2")),
+    # whole blocks in a row; the prompt's tokens
+    Recipe("w4a8", AWQ_FULL, layers=LINEAR_ONLY, skip=(*FEW, "*.attn1.*", "*2.to_[!k]*", "*.ff.*")),
 ]
 
 
