@@ -11,18 +11,11 @@ from comfyui_modelopt.utils import capability
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ..bits import LIMITS
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # a block too small for INT4's 128, one row, rows that need padding, a ragged last block, convolutions
 SHAPES = [(8, 32), (1, 64), (7, 96), (40, 320), (6, 32, 3, 3), (5, 64, 1, 1)]
-BITS = {
-    "int8": 8.05,
-    "fp8": 8.05,
-    "fp8_e5m2": 8.05,
-    "mxfp8": 8.3,
-    "nvfp4": 4.6,
-    "int4": 4.2,
-    "w4a8": 4.2,
-}
 
 
 @pytest.fixture(params=FORMATS)
@@ -185,7 +178,7 @@ def test_bits_of_a_weight(form):
     shape = (1280, 1280)
     stored = quantized(form, weight_of(shape, torch.float16))
     bits = 8 * sum(tensor.nbytes for tensor in stored.values()) / (1280 * 1280)
-    assert form.BITS <= bits <= BITS[form.NAME]
+    assert form.BITS <= bits <= LIMITS[form.NAME]
 
 
 def test_own_maxima_are_modelopts(form):
