@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfyui_modelopt.devtools import synthetic
-from comfyui_modelopt.formats import FORMATS, blocks, files
+from comfyui_modelopt.formats import FORMATS, files
 from comfyui_modelopt.formats.checkpoint import QuantizedCheckpoint
 from comfyui_modelopt.quantize import engine, modelopt, pack, prediction
 from comfyui_modelopt.quantize.recipe import (
