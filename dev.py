@@ -58,8 +58,9 @@ def pytest(
 
 def cmd_test(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:
     browser = setup_browser.environment(env.python) if setup_browser.wanted(extra) else {}
-    arguments, more = suite.shared_out(extra, os.cpu_count() or 1, has_gpu())
-    return pytest(env, arguments, more | browser)
+    arguments, more = suite.shared_out(extra, suite.processors(), suite.memory(), has_gpu())
+    own = {name: os.environ[name] for name in more if name in os.environ}
+    return pytest(env, arguments, more | own | browser)
 
 
 def cmd_check(env: Environment, args: argparse.Namespace, extra: list[str]) -> int:

@@ -52,10 +52,7 @@ def load(file: Path, with_clip: bool):
         raise_unless_damage(file, error)
         if "Could not detect model type" not in str(error):
             raise
-        raise ValueError(
-            f"a checkpoint must hold a diffusion model that ComfyUI knows, {file} does not: name "
-            "an SDXL or SD1.5 checkpoint"
-        ) from error
+        raise _unknown(file) from error
     if quantized_parameter(model) is not None:
         raise _quantized(file)
     if with_clip and clip is None:
@@ -73,15 +70,17 @@ def _check(file: Path) -> None:
     A file of torch.save is read whole, and by ComfyUI again: what reading raises can be of any kind,
     and must not be taken for an error of the code.
     """
-    ours = False
+    ours, weights = False, True
     with _while_reading(file, "a checkpoint"):
         if file.suffix.lower() in (".safetensors", ".sft"):
             with safe_open(file, framework="pt") as opened:
                 ours = HEADER in (opened.metadata() or {})
-        elif not _are_weights(comfy.utils.load_torch_file(str(file))):
-            raise TypeError("it holds no weights by their names")
+        else:
+            weights = _are_weights(comfy.utils.load_torch_file(str(file)))
     if ours:
         raise _quantized(file)
+    if not weights:
+        raise _unknown(file)
 
 
 def _are_weights(held: object) -> bool:
@@ -106,8 +105,15 @@ def _while_reading(file: Path, what: str) -> Iterator[None]:
             ) from error
         raise ValueError(
             f"{what} must be a whole file of weights, {file} is not ({found(error)}): it is damaged "
-            "or incomplete, get it again"
+            "or incomplete, get it again, or of another kind, name a file of weights"
         ) from error
+
+
+def _unknown(file: Path) -> ValueError:
+    return ValueError(
+        f"a checkpoint must hold a diffusion model that ComfyUI knows, {file} does not: name "
+        "an SDXL or SD1.5 checkpoint"
+    )
 
 
 def _quantized(file: Path) -> ValueError:

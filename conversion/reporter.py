@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import socket
@@ -42,12 +43,24 @@ class Result:
     seconds: float = 0.0
 
 
-class Log:
+class Log(io.TextIOBase):
     """A stream of text whose disk may be full, or whose reader gone: what it does not take is left out,
     and the work goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+
+    encoding = property(lambda self: self._stream.encoding)
+    errors = property(lambda self: self._stream.errors)
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -57,9 +70,6 @@ class Log:
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 class Reporter:
@@ -168,9 +178,9 @@ class Reporter:
         self._keep(self.progress, facts)
 
     def _show(self) -> None:
-        if self.quiet:
-            return
         now = self._current
+        if self.quiet or not now["step"]:
+            return
         share = f" {100 * now['done'] // now['total']} %" if now["total"] else ""
         text = f"{Path(now['file']).name}: {now['step']}{share}"[:100]
         if not self.stream.isatty():

@@ -237,8 +237,8 @@ def _check_outputs(outputs: list[torch.Tensor], words: tuple[str, str]) -> None:
 
 
 def _check_finite(unet: torch.nn.Module, layers: Container[str], step: Callable[[], None]) -> None:
-    """Of everything that goes into the file; `step` is called once a layer of `layers`."""
-    for name, tensor in unet.state_dict().items():
+    """Of every parameter; `step` is called once a layer of `layers`."""
+    for name, tensor in unet.named_parameters():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in layers:
             step()

@@ -237,6 +237,13 @@ def waiting(names: Iterable[str]) -> list[str]:
     return [name for name in names if not hasattr(getattr(extensions, name), "extension")]
 
 
+def compiles(names: Iterable[str]) -> bool:
+    """Whether `build_kernels` would go to a CUDA compiler (or load what it once made)."""
+    from torch.utils import cpp_extension
+
+    return bool(waiting(names)) and cpp_extension.CUDA_HOME is not None
+
+
 def build_kernels(names: Sequence[str], step: Callable[[], None] = lambda: None) -> dict[str, bool]:
     """Builds or loads ModelOpt's CUDA extensions -> whether each is there.
 
@@ -244,9 +251,8 @@ def build_kernels(names: Sequence[str], step: Callable[[], None] = lambda: None)
     begins; without one ModelOpt does the same in plain PyTorch. `step` is called after each.
     """
     from modelopt.torch.quantization import extensions
-    from torch.utils import cpp_extension
 
-    if waiting(names) and cpp_extension.CUDA_HOME is not None:
+    if compiles(names):
         log.info("ModelOpt: %s", COMPILING)
         detail(COMPILING)
     elif waiting(names):

@@ -14,6 +14,7 @@ import torch
 from ..formats import FORMATS, blocks
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils.memory import peak_of, watched
+from ..utils.progress import detail
 from ..utils.timing import synchronize
 from . import engine, modelopt, quality, whose
 from .layers import kind_of
@@ -83,6 +84,7 @@ def try_layers(
     trying = {name: one for name, one in plans.items() if one.algorithm == MSE}
     if asked := whose.kernels_needed(trying, device):
         modelopt.build_kernels(asked)
+        detail("Packing a layer of each kind")
     with torch.inference_mode(False), torch.no_grad():
         for which, names in groups.items():
             weights = {name: source.get_submodule(name).weight for name in names}

@@ -365,18 +365,21 @@ def test_pytest_arguments_and_exit_status_go_through():
 
 
 @pytest.mark.parametrize(
-    "extra, processors, gpu, workers, threads",
+    "extra, processors, memory, gpu, workers, threads",
     [
-        ([], 2, False, 2, 1),
-        ([], 64, False, 4, 16),
-        ([], 1, False, None, None),
-        ([], 64, True, None, None),
-        (["-q"], 64, False, None, None),
+        ([], 2, 24, False, 2, 1),
+        ([], 64, 256, False, 4, 16),
+        ([], 8, 16, False, 3, 2),
+        ([], 8, 8, False, None, None),
+        ([], 1, 24, False, None, None),
+        ([], 64, 256, True, None, None),
+        (["-q"], 64, 256, False, None, None),
     ],
-    ids=["two", "many", "one", "gpu", "arguments"],
+    ids=["two", "many", "little memory", "least memory", "one", "gpu", "arguments"],
 )
-def test_processes_share_the_whole_suite_alone(extra, processors, gpu, workers, threads):
-    arguments, variables = suite.shared_out(extra, processors, gpu)
+def test_processes_share_the_whole_suite_alone(extra, processors, memory, gpu, workers, threads):
+    assert suite.processors() >= 1 and suite.memory() > 2**30
+    arguments, variables = suite.shared_out(extra, processors, memory << 30, gpu)
     if workers is None:
         assert (arguments, variables) == (extra, {})
     else:

@@ -84,7 +84,9 @@ def support(name: str, kind: str, gpu: GPU) -> Support:
     if gpu.device == "cpu":
         return Support(EMULATED, f"no low-precision units on {gpu.name}")
     if gpu.capability is None:
-        return Support(EMULATED, f"low-precision kernels need an NVIDIA GPU, this is {gpu.name}")
+        return Support(
+            EMULATED, f"this pack's low-precision kernels need an NVIDIA GPU, this is {gpu.name}"
+        )
     if gpu.capability < needed:
         return Support(EMULATED, _too_old(name, needed, gpu))
     if (name, gpu.capability) in SLOWER:
@@ -134,11 +136,10 @@ def _software(name: str, gpu: GPU) -> Support:
                 "slow, activations are quantized in plain PyTorch because comfy-kitchen's CUDA kernels are off: ComfyUI enables them with a CUDA 13 build "
                 f"of torch only, this one is built for CUDA {_dotted(gpu.cuda)}",
             )
-        # its wheels with kernels are for Python 3.12 and newer
         return Support(
             NATIVE,
-            "slow, activations are quantized in plain PyTorch because comfy-kitchen's CUDA kernels are missing: this installation's package has none, "
-            "the one for Python 3.12 and newer does",
+            "slow, activations are quantized in plain PyTorch because comfy-kitchen's CUDA kernels are missing or do not load: "
+            "reinstall the package comfy-kitchen with the Python that starts ComfyUI",
         )
     return Support(NATIVE)
 

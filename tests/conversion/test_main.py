@@ -442,11 +442,17 @@ DAMAGED = {
     "half.pt": (saved(WEIGHTS)[:400], "failed finding central directory"),
     "old.ckpt": (saved(WEIGHTS, _use_new_zipfile_serialization=False)[:-30], "30 more bytes"),
     "list.ckpt": (saved([torch.zeros(3)]), "no attribute"),
-    "numbers.ckpt": (saved({"step": 1, "epoch": 2}), "it holds no weights by their names"),
+    "numbers.ckpt": (saved({"step": 1, "epoch": 2}), "name an SDXL or SD1.5 checkpoint"),
+    "nested.ckpt": (saved({"ema": WEIGHTS, "model": WEIGHTS}), "name an SDXL or SD1.5 checkpoint"),
     "short.safetensors": (b"hi", "header too small"),
     "nothing.safetensors": (b"", "header too small"),
     "archive.safetensors": (zipped("readme"), "header too large"),
     "foreign.ckpt": (saved({"a": Foreign()}), "Foreign was not an allowed global"),
+}
+RULES = {
+    "foreign.ckpt": "must hold data only",
+    "numbers.ckpt": "must hold a diffusion model",
+    "nested.ckpt": "must hold a diffusion model",
 }
 
 
@@ -462,9 +468,7 @@ def test_damaged_checkpoints_end_themselves_alone(
     assert rows.pop("sd15.safetensors")["status"] == "skipped"
     for name, (_, found) in DAMAGED.items():
         error = rows[name]["error"]
-        rule = (
-            "must hold data only" if name == "foreign.ckpt" else "must be a whole file of weights"
-        )
+        rule = RULES.get(name, "must be a whole file of weights")
         assert rows[name]["status"] == "failed" and error.startswith(f"a checkpoint {rule}")
         assert str(tmp_path / name) in error and found in error and "weights_only" not in error
     assert not caplog.records, "no traceback"

@@ -33,9 +33,9 @@ def clock(monkeypatch):
     return now
 
 
-def work(clock, stream, seconds: int, quiet: bool = False) -> str:
-    """What is written of a file that takes so long, a hundredth a second."""
-    told = Reporter([FILE], stream=stream, quiet=quiet)
+def work(clock, stream, seconds: int, quiet: bool = False, log: Log | None = None) -> str:
+    """What is written of a file that takes so long, a hundredth a second. log: around the stream."""
+    told = Reporter([FILE], stream=log or stream, quiet=quiet)
     told.begin(FILE)
     told.step("Calibrating\nThe original")
     for second in range(seconds):
@@ -69,6 +69,9 @@ def test_a_terminals_line_is_written_over(clock):
 def test_a_full_disk_under_the_log_stops_nothing(clock):
     with pytest.raises(OSError, match="No space left"):
         work(clock, Full(), 40)
-    assert work(clock, Log(Full()), 40) == ""
+    full = Full()
+    assert work(clock, full, 40, log=Log(full)) == ""
     held = io.StringIO()
     assert Log(held).write("abc") == 3 and held.getvalue() == "abc" and not Log(held).isatty()
+    Log(Full()).writelines(["abc"])
+    print("abc", file=Log(Full()), flush=True)

@@ -23,7 +23,7 @@ GPUS = {
     "Ada": GPU("cuda", "RTX 4090", (8, 9), **FULL),
     "CPU": GPU("cpu", "the CPU"),
 }
-OTHER_MAKER = "low-precision kernels need an NVIDIA GPU, this is "
+OTHER_MAKER = "this pack's low-precision kernels need an NVIDIA GPU, this is "
 INT8_BOTH, INT8, FP8, INT4 = (
     Recipe("int8"),
     Recipe("int8", "max", layers="linear only"),

@@ -150,7 +150,7 @@ def test_no_nvidia_gpu_emulates(name, kind):
     assert support(name, kind, CPU) == capability.Support(
         EMULATED, "no low-precision units on the CPU"
     )
-    why = "low-precision kernels need an NVIDIA GPU, this is AMD Radeon RX 9070 XT"
+    why = "this pack's low-precision kernels need an NVIDIA GPU, this is AMD Radeon RX 9070 XT"
     assert support(name, kind, AMD) == capability.Support(EMULATED, why)
     if name == "int8":
         assert support(name, kind, APPLE).why == why.replace(AMD.name, "an Apple GPU")
@@ -188,7 +188,12 @@ def test_other_makers_gpus_are_described(monkeypatch):
             "CUDA 13 build",
         ),
         ("int8", GPU("cuda", "RTX 2080", (7, 5), (12, 8)), NATIVE, "CUDA 13 build"),
-        ("nvfp4", GPU("cuda", "GB10", (12, 1), (13, 0)), NATIVE, "kernels are missing"),
+        (
+            "nvfp4",
+            GPU("cuda", "GB10", (12, 1), (13, 0)),
+            NATIVE,
+            "kernels are missing or do not load",
+        ),
         (
             "nvfp4",
             GPU("cuda", "RTX 5090", (12, 0), (12, 6)),
