@@ -16,7 +16,7 @@ from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils.memory import peak_of, watched
 from ..utils.progress import detail
 from ..utils.timing import synchronize
-from . import engine, modelopt, quality, whose
+from . import clipping, engine, modelopt, quality, whose
 from .layers import kind_of
 from .recipe import AWQ, AWQ_FULL, MSE, SMOOTHQUANT, SVDQUANT, LayerPlan
 
@@ -28,9 +28,6 @@ SLOW = (MSE, SVDQUANT)
 FINITE = 5
 # scales that ModelOpt's AWQ tries for a layer: alpha from 0 to 1 in steps of 0.1
 AWQ_TRIALS = 11
-# of its search for clipping: clippings tried for each block of BLOCK weights, output channels looked
-# at together, tokens of a call looked at (every n-th, so that it is at least so many)
-CLIPPINGS, BLOCK, CHANNELS, TOKENS = 11, 128, 1024, 64
 
 
 @dataclass(frozen=True)
@@ -265,30 +262,17 @@ def _clipping(
     working: Mapping[str, float],
     call: Call | None,
 ) -> float:
-    """Bytes that AWQ_FULL's search for clipping takes beside the weights, at its highest, as
-    ModelOpt's `awq_clip` goes about it; 0 where nothing is clipped, or without a call."""
+    """Bytes that AWQ_FULL's search for clipping takes beside the weights, at its highest; 0 where
+    nothing is clipped, or without a call."""
+    if call is None:
+        return 0.0
     kept, highest = 0, 0.0
     for name, one in plans.items():
-        if one.algorithm != AWQ_FULL or call is None or name not in call.tokens:
-            continue
-        weight = source.get_submodule(name).weight
-        rows, columns = weight.shape
-        size, wide = weight.element_size(), max(weight.element_size(), call.itemsize)
-        across = -(-columns // BLOCK)
-        # the errors of each clipping and the amax, of every layer at once; the scale of awq_lite
-        kept += rows * across * (4 * CLIPPINGS + 2 * size) + columns * (12 + size)
-        tokens = call.tokens[name]
-        tokens = len(range(0, tokens, max(1, tokens // TOKENS)))
-        channels = min(rows, CHANNELS)
-        # each token's products with each weight before they are summed up in blocks, and the sums
-        products = channels * tokens * across * (BLOCK + 1) * wide
-        if columns % BLOCK:  # copies that fill the last block up
-            products += (channels * size + tokens * wide) * across * BLOCK
-        filled = rows * across * BLOCK * size if columns % BLOCK else 0
-        # the weight through the quantizer, as it was last and as it becomes
-        rounded = rows * columns * size + filled
-        live = call.live.get(name, 0)
-        highest = max(highest, live + rounded + max(products, working[name]))
+        if one.algorithm == AWQ_FULL and name in call.tokens:
+            weight = source.get_submodule(name).weight
+            kept += clipping.kept(weight)
+            found = clipping.searching(weight, call.tokens[name], call.itemsize, working[name])
+            highest = max(highest, call.live.get(name, 0) + found)
     return kept + highest
 
 
