@@ -222,11 +222,14 @@ def test_awq_stores_what_modelopt_folds(sd15, calibration, quantized):
             module = unet.get_submodule(name)
             stored = {k: ours.tensors[f"{name}.{k}"] for k in ("weight", "weight_amax")}
             restored = FORMATS["int4"].dequantize(stored, tuple(module.weight.shape))
+            # on a CPU ComfyUI computes in 32 bits: block maxima are rounded to 16 bits first
+            kept = stored["weight_amax"].float().reshape(module.weight_quantizer.amax.shape)
+            torch.testing.assert_close(
+                kept, module.weight_quantizer.amax.float(), rtol=2e-3, atol=0
+            )
+            module.weight_quantizer._amax = kept
             theirs = module.weight_quantizer(module.weight.float())
-            # on a CPU ComfyUI computes in 32 bits: the integers are ModelOpt's, block maxima are
-            # kept in 16 bits
-            assert torch.equal(restored.sign(), theirs.sign()), name
-            assert bool(((restored - theirs).abs() <= 2.0**-10 * theirs.abs()).all()), name
+            assert torch.equal(restored, theirs), name
             scale = module.input_quantizer.pre_quant_scale.float().reshape(-1)
             assert torch.equal(ours.tensors[f"{name}.pre_quant_scale"].float(), scale), name
 
