@@ -203,10 +203,8 @@ class Demo:
     def _go(self, server: ComfyServer, workflow: dict[str, Any]) -> Result:
         result = server.run(workflow, timeout=DAY, on_message=Progress(workflow, server))
         if result.error:
-            raise UserError(
-                f"{result.error.get('node_type')}: {str(result.error.get('exception_message')).strip()}\n"
-                f"The server's log is {server.log_file}"
-            )
+            told = failure(result.error, self.checkpoint)
+            raise UserError(f"{told}\nThe server's log is {server.log_file}")
         if result.interrupted:
             raise UserError("the run was cancelled in ComfyUI.")
         return result
@@ -236,6 +234,17 @@ class Demo:
             say("  The checkpoint is synthetic (random weights): the picture is noise, and the")
             say("  figures show that it works, not what a real model gives. Use --checkpoint FILE.")
         say("  In the browser: python dev.py serve")
+
+
+def failure(error: dict[str, Any], checkpoint: Path) -> str:
+    """A node's error in words. Of a file that it cannot read, ComfyUI says what its reader met."""
+    node, met = error.get("node_type"), str(error.get("exception_message")).strip()
+    if node != "CheckpointLoaderSimple":
+        return f"{node}: {met}"
+    return (
+        f"--checkpoint must name a checkpoint that ComfyUI loads, {checkpoint} is none "
+        f"({error.get('exception_type')}: {met}): it is damaged or holds something else, name another"
+    )
 
 
 def describe(server: ComfyServer) -> str:

@@ -423,6 +423,15 @@ def test_demo_does_not_overwrite(tmp_path: Path):
     assert demo.free_name(out) == tmp_path / "x-2.safetensors"
 
 
+def test_demo_tells_what_comfyui_could_not_read(tmp_path: Path):
+    error = {"exception_type": "KeyError", "exception_message": "101\n"}
+    path = tmp_path / "x.ckpt"
+    told = demo.failure(error | {"node_type": "CheckpointLoaderSimple"}, path)
+    assert told.startswith("--checkpoint must name a checkpoint that ComfyUI loads")
+    assert str(path) in told and "(KeyError: 101)" in told
+    assert demo.failure(error | {"node_type": "KSampler"}, path) == "KSampler: 101"
+
+
 def test_demo_refuses_other_suffixes(tmp_path: Path):
     (tmp_path / "x.bin").touch()
     with pytest.raises(UserError, match="checkpoint"):

@@ -288,14 +288,23 @@ def test_a_message_that_nobody_raises_is_found():
 # of the README's table: what ComfyUI, its page, torch, ModelOpt and argparse say
 OF_OTHERS = {
     "Could not acquire lock on database",
+    "Error while deserializing header",
     "IMPORT FAILED",
     "Inserted … quantizers",
+    "KeyError",
     "Missing Models",
     "Node 2.0 only",
     "Port 8188 is already in use",
+    "Required input is missing",
     "Torch not compiled with CUDA enabled",
+    "Value not in list",
+    "Value … bigger than max of …",
+    "Value … smaller than min of …",
+    "Weights only load failed",
     "You need pytorch with cu130 or higher",
     "invalid choice",
+    "invalid int value",
+    "not allowed with argument",
     "the following arguments are required",
     "transformers … is not tested with current version of modelopt",
 }
