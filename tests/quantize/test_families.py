@@ -273,7 +273,7 @@ def test_a_recording_that_called_nothing(folders):
 def _only_a_spare(model, calibration):
     """Quantizes a layer that the model has, and never calls."""
     block = model.model.diffusion_model.double_blocks[0]
-    block.spare = comfy.ops.disable_weight_init.Linear(32, 32, dtype=torch.float16)
+    block.spare = comfy.ops.disable_weight_init.Linear(32, 32, bias=False, dtype=torch.float16)
     block.spare.weight.data.fill_(1.0)
     kept = [n for n, m in model.model.diffusion_model.named_modules() if hasattr(m, "in_features")]
     kept = tuple(n for n in kept if not n.endswith("spare"))
