@@ -1,10 +1,13 @@
 // What the pack puts on nodes: chips, a report, a chart. All text goes in as text, never as HTML.
+import { app } from "../../scripts/app.js";
 
 const LINE = 16;
 const LETTER = 7.3;
 const MOST_LINES = 18;
 const CHART = 92;
-const CHIPS = 50; // two rows
+const CHIP = 22; // a row of chips, of which there is room for ROWS at least
+const ROWS = 2;
+const BESIDE = { chip: 20, row: 30, rows: 6, canvas: 20 }; // what is around each, on the classic canvas also around all
 const FOOTER = 30; // the line below a node in Nodes 2.0
 const AROUND = 180; // of a picture in Nodes 2.0: its size in words, and what rows share
 const LEAST_PICTURE = 220; // what `computeSize` counts for the page's own picture
@@ -71,16 +74,43 @@ export function endProgress(node) {
   node.setSize([node.size[0], Math.max(node.size[1] - height, node.computeSize()[1])]);
 }
 
+/** Rows that chips of these widths take on a node as wide as it is. */
+function rowsOf(node, widths) {
+  let rows = 1;
+  let left = node.size[0] - BESIDE.row;
+  for (const width of widths) {
+    if (width > left && left < node.size[0] - BESIDE.row) {
+      rows += 1;
+      left = node.size[0] - BESIDE.row;
+    }
+    left -= width;
+  }
+  return Math.max(rows, ROWS);
+}
+
+/** Widths of chips with these texts, pixels. */
+function widthsOf(texts) {
+  const context = app.canvas.ctx;
+  context.save();
+  context.font = "11px system-ui, sans-serif";
+  const found = texts.map((text) => context.measureText(text).width + BESIDE.chip);
+  context.restore();
+  return found;
+}
+
 /** A place for chips. */
 export function addChips(node) {
   const root = element("div", "modelopt-chips");
-  const height = () => CHIPS;
+  const height = () =>
+    CHIP * rowsOf(node, node.modeloptChips ?? []) +
+    (LiteGraph.vueNodesMode ? BESIDE.rows : BESIDE.canvas);
   widget(node, "modelopt_chips", root, { getMinHeight: height, getMaxHeight: height });
 }
 
 /** Coloured words: [{text, tone, why}], in their place. */
 export function showChips(node, chips) {
-  existing(node, "modelopt_chips").element.replaceChildren(
+  const root = existing(node, "modelopt_chips").element;
+  root.replaceChildren(
     ...chips.map(({ text, tone, why }) => {
       const chip = element("span", "modelopt-chip", text);
       chip.dataset.tone = tone;
@@ -88,6 +118,10 @@ export function showChips(node, chips) {
       return chip;
     }),
   );
+  node.modeloptChips = widthsOf(chips.map(({ text }) => text));
+  const rows = rowsOf(node, node.modeloptChips);
+  root.style.setProperty("--modelopt-chips", `${CHIP * rows + BESIDE.rows}px`);
+  if (rows > ROWS) grow(node);
 }
 
 /** Lines of a text as wide as a report is: fixed-width letters of 7.3 pixels. */

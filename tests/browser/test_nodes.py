@@ -118,6 +118,36 @@ def test_the_verdict_follows_the_choice(page):
     expect_chips(page, node, words(["int8", "int4"]))
 
 
+# pixels between the last chip and the end of its node
+BELOW = """(id) => {
+  const node = app.graph.getNodeById(id);
+  const root = node.widgets.find((one) => one.name === "modelopt_chips").element;
+  const shell = root.closest(".lg-node");
+  const [, y] = app.canvas.ds.convertOffsetToCanvas([0, node.pos[1] + node.size[1]]);
+  const end = shell?.getBoundingClientRect().bottom ?? app.canvas.canvas.getBoundingClientRect().top + y;
+  return end - root.lastElementChild.getBoundingClientRect().bottom;
+}"""
+CUT_OFF = """(id) => {
+  const node = app.graph.getNodeById(id);
+  const root = node.widgets.find((one) => one.name === "modelopt_chips").element;
+  return root.scrollHeight - root.clientHeight;
+}"""
+
+
+def test_all_chips_have_room(page):
+    node = page.add_by_search("Auto Quantize UNet (ModelOpt)", at=(500, 60))
+    expect_chips(page, node, words(["int8", "fp8", "int4", "int8_weights"]))
+    page.frame([node])
+    page.settle()
+    assert page.run(BELOW, node) > 4 and page.run(CUT_OFF, node) <= 1
+    for name in ("mxfp8", "nvfp4", "w4a8"):
+        page.set_widget(node, name, True)
+    every = ["int8", "fp8", "int4", "int8_weights", "mxfp8", "nvfp4", "w4a8"]
+    expect_chips(page, node, words(every))
+    page.settle()
+    assert page.run(BELOW, node) > 4 and page.run(CUT_OFF, node) <= 1
+
+
 def test_r_asks_again(page, server):
     """Files come and go; whoever has one no more keeps how it was made."""
     folder = server.models / "diffusion_models"
