@@ -23,6 +23,8 @@ from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.quality import sqnr_db
 from comfyui_modelopt.quantize.recipe import Recipe
 
+from ..counted import counted
+
 RECIPES = [
     Recipe("int8"),
     Recipe("fp8"),
@@ -86,15 +88,8 @@ def counting(backend: backends.Backend) -> tuple[backends.Backend, Counter]:
     """The backend, and how often each of its functions is called."""
     counts: Counter = Counter()
 
-    def counted(name, function):
-        def call(*args, **kwargs):
-            counts[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
     names = [f.name for f in dataclasses.fields(backend) if callable(getattr(backend, f.name))]
-    wrapped = {name: counted(name, getattr(backend, name)) for name in names}
+    wrapped = {name: counted(counts, name, getattr(backend, name)) for name in names}
     return dataclasses.replace(backend, **wrapped), counts
 
 

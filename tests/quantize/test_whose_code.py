@@ -17,6 +17,8 @@ from comfyui_modelopt.quantize import engine, modelopt, pack, percentile, whose
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import ALGORITHMS, LayerPlan, Recipe, plan
 
+from ..counted import counted
+
 ROOT = Path(comfyui_modelopt.__file__).parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 RECIPES = [(form, algorithm) for form, known in ALGORITHMS.items() for algorithm in known]
@@ -52,28 +54,21 @@ def counts(monkeypatch) -> Counter:
 
     counts: Counter = Counter()
 
-    def counted(name, function):
-        def call(*args, **kwargs):
-            counts[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
     for name in ("fake_tensor_quant", "scaled_e4m3", "dynamic_block_quant"):
         original = getattr(tensor_quantizer, name)
-        monkeypatch.setattr(tensor_quantizer, name, counted(name, original))
+        monkeypatch.setattr(tensor_quantizer, name, counted(counts, name, original))
     modelopt.backend.register()
     ours = tensor_quantizer._QUANT_FUNCTIONAL_BACKENDS
     name = modelopt.backend.NAME
-    monkeypatch.setitem(ours, name, counted("our rounding", ours[name]))
-    monkeypatch.setattr(model_calib, "svd", counted("svd", model_calib.svd))
+    monkeypatch.setitem(ours, name, counted(counts, "our rounding", ours[name]))
+    monkeypatch.setattr(model_calib, "svd", counted(counts, "svd", model_calib.svd))
     calibrator = percentile.calibrator()
-    averaging = counted("percentile", calibrator.compute_amax)
+    averaging = counted(counts, "percentile", calibrator.compute_amax)
     monkeypatch.setattr(calibrator, "compute_amax", averaging)
     weights = modelopt.weight_amax
-    monkeypatch.setattr(modelopt, "weight_amax", counted("weight_amax", weights))
+    monkeypatch.setattr(modelopt, "weight_amax", counted(counts, "weight_amax", weights))
     for form, module in FORMATS.items():
-        monkeypatch.setattr(module, "quantize", counted(f"pack {form}", module.quantize))
+        monkeypatch.setattr(module, "quantize", counted(counts, f"pack {form}", module.quantize))
     return counts
 
 
