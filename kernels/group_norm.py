@@ -25,6 +25,7 @@ def group_norm_quantize_reference(
     silu: bool,
     kind: str,
     scale: torch.Tensor | None = None,
+    pre_quant_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `group_norm_quantize` computes, but for the order of its float32 sums."""
     weight = None if weight is None else weight.float()
@@ -32,7 +33,8 @@ def group_norm_quantize_reference(
     y = F.group_norm(x.float(), groups, weight, bias, eps).to(x.dtype)
     if silu:
         y = F.silu(y)
-    q, scale = producers.quantize_reference(y.permute(0, 2, 3, 1), kind, scale)
+    y = producers.scaled_reference(y.permute(0, 2, 3, 1), pre_quant_scale)
+    q, scale = producers.quantize_reference(y, kind, scale)
     return q.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last), scale
 
 
@@ -45,12 +47,14 @@ def group_norm_quantize(
     silu: bool,
     kind: str,
     scale: torch.Tensor | None = None,
+    pre_quant_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [N, C, H, W] fp16, bf16 or fp32 -> (q [N, C, H, W] channels_last, scale).
 
     GroupNorm in float32 (weight, bias [C] of any float dtype or None), rounded to x's dtype; SiLU
-    where asked, rounded again; kind "int8" or "fp8". scale: float32 scalar; None gives every pixel
-    its own, [N * H * W, 1] in the order n, h, w. An x that is not channels_last is copied.
+    where asked, rounded again; times pre_quant_scale [C], both rounded to x's dtype. kind: "int8" or
+    "fp8". scale: float32 scalar; None gives every pixel its own, [N * H * W, 1] in the order n, h, w.
+    An x that is not channels_last is copied.
     """
     from .triton_group_norm import normalize, statistics
 
@@ -71,7 +75,7 @@ def group_norm_quantize(
     rows, columns = producers.tile(channels, scale is None)
     length, near, programs = normalize_tile(n, channels, pixels, groups, rows, columns)
     normalize[(programs,)](
-        x, partial, weight, bias, out, q, n, pixels, channels, length, eps, groups, per_group,
+        x, partial, weight, bias, pre_quant_scale, out, q, n, pixels, channels, length, eps, groups, per_group,
         stretches, near, silu, scale is None, rows, columns,
         num_warps=producers.warps(rows, columns),
     )  # fmt: skip

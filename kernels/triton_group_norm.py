@@ -10,7 +10,7 @@ channels are combined by Chan et al.'s formula, https://doi.org/10.1080/00031305
 import triton
 import triton.language as tl
 
-from .triton_quantize import round_as, store_quantized
+from .triton_quantize import round_as, store_quantized, times_pre_quant_scale
 
 
 # what changes with the picture's size or batch is no reason to compile anew
@@ -95,7 +95,7 @@ def combined(
 
 @triton.jit(do_not_specialize=["images", "pixels", "length"])
 def normalize(
-    x, partial, weight, bias, scale, q, images, pixels, channels, length, eps,
+    x, partial, weight, bias, pre_quant_scale, scale, q, images, pixels, channels, length, eps,
     GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, STRETCHES: tl.constexpr, NEAR: tl.constexpr,
     SILU: tl.constexpr, PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -133,5 +133,7 @@ def normalize(
         v = round_as((v - mean[None, :]) * factor[None, :] + offset[None, :], x)
         if SILU:
             v = round_as(v / (1.0 + tl.exp(-v)), x)
+        if pre_quant_scale is not None:
+            v = times_pre_quant_scale(v, pre_quant_scale, column, channels, x)
         v = tl.where(inside, v, 0.0)
         store_quantized(v, q, scale, offsets, inside, row, pixel < last, PER_TOKEN)

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from ..formats import FORMATS
-from ..formats.checkpoint import Layer
+from ..formats.checkpoint import Layer, QuantizedCheckpoint
 from ..kernels.backends import Backend
 from ..kernels.producers import DTYPES
 from ..utils.capability import PRODUCTS
@@ -26,15 +26,38 @@ ALONE = ("*.attn2.to_q", "*.ff.net.0.proj", "*.proj_in", "*.in_layers.2", "*.out
 STATIC = ("*.ff.net.2",)
 
 
-def handed_over(name: str, layer: Layer) -> bool:
+def handed_over(name: str, layer: Layer, alike: bool = False) -> bool:
     """Whether fused.py hands the module `name` an input in 8 bits, so that no pass of its own
-    quantizes it. (Keys and values share one pass of the context with all other blocks.)"""
+    quantizes it. (Keys and values share one pass of the context with all other blocks.)
+
+    alike: whether the layers that have one input are smoothed alike, see `smoothed_alike`.
+    """
     if layer.format not in KINDS or layer.rank:
         return False
     patterns = ALONE
-    if not layer.smoothed:
-        patterns = ALONE + SHARED + (STATIC if layer.static else ())
+    if alike or not layer.smoothed:
+        patterns += SHARED
+    if layer.static and not layer.smoothed:
+        patterns += STATIC
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def smoothed_alike(checkpoint: QuantizedCheckpoint) -> set[str]:
+    """Names of the smoothed layers that have the smoothing of the others of their input. Of tensors on
+    the meta device what `quantize.pack` will make: SmoothQuant's are alike, AWQ's are not."""
+    groups: dict[str, list[str]] = {}
+    for name, layer in checkpoint.layers.items():
+        if layer.smoothed and any(fnmatchcase(name, pattern) for pattern in SHARED):
+            groups.setdefault(name[:-1], []).append(name)
+    found: set[str] = set()
+    for names in groups.values():
+        first, *others = (checkpoint.tensors[f"{name}.pre_quant_scale"] for name in names)
+        if first.is_meta:
+            alike = all(checkpoint.layers[name].format == "int8" for name in names)
+        else:
+            alike = all(torch.equal(first, other) for other in others)
+        found |= set(names) if alike else set()
+    return found
 
 
 @dataclass(frozen=True)

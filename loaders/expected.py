@@ -11,12 +11,13 @@ from ..formats.checkpoint import Layer, QuantizedCheckpoint
 from ..utils.capability import EMULATED
 from . import device as devices
 from . import dispatch
-from .eight_bit import handed_over
+from .eight_bit import handed_over, smoothed_alike
 
 
 def kernels(checkpoint: QuantizedCheckpoint, model) -> dict[str, dispatch.Kernel]:
     """Quantized layer name -> the kernel that will run it. Arguments as in `held_bytes`."""
     gpu, as_stock = devices.current(), checkpoint.opens_in_stock
+    alike = smoothed_alike(checkpoint)
     compute, source = compute_dtype(model), model.model.diffusion_model
     return {
         name: dispatch.choose(
@@ -25,7 +26,7 @@ def kernels(checkpoint: QuantizedCheckpoint, model) -> dict[str, dispatch.Kernel
             as_stock,
             shape=tuple(source.get_submodule(name).weight.shape),
             dtype=compute,
-            handed=handed_over(name, layer),
+            handed=handed_over(name, layer, name in alike),
         )
         for name, layer in checkpoint.layers.items()
     }

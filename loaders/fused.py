@@ -73,19 +73,25 @@ def _stock(function: Callable, module: ModuleType) -> bool:
 def _group(layers: Sequence[torch.nn.Module]) -> tuple | None:
     """What one quantized input of several layers is made with, or None where each needs its own.
 
-    Layers that were calibrated on the same input have the same scale.
+    Layers that were calibrated on the same input have the same scale, and SmoothQuant's the same
+    smoothing.
     """
     quantized = [layer for layer in layers if isinstance(layer, QuantizedOp)]
     if len(quantized) < len(layers) or any(layer.kernel is None for layer in quantized):
         return None
     if any(layer.kernel.eight_bit is None for layer in quantized):
         return None
-    if len(layers) > 1 and any(
-        layer.weight._params.pre_quant_scale is not None for layer in layers
-    ):
+    smoothing = [layer.weight._params.pre_quant_scale for layer in layers]
+    if not all(_alike(smoothing[0], other) for other in smoothing[1:]):
         return None
     found = {(layer.kernel.eight_bit.format, layer.input_key) for layer in quantized}
     return found.pop() if len(found) == 1 else None
+
+
+def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def _producer(layer: QuantizedOp, device: torch.device) -> tuple:
@@ -115,11 +121,9 @@ def _layer_norm(norm, x: torch.Tensor, layer: QuantizedOp) -> tuple:
 
 def _group_norm(norm, x: torch.Tensor, silu: bool, layer: QuantizedOp) -> tuple:
     """The same behind a GroupNorm, channels-last."""
-    backend, kind, scale, _ = _producer(layer, x.device)
+    backend, *target = _producer(layer, x.device)
     weight, bias, stream = _norm_weights(norm, x)
-    found = backend.group_norm_quantize(
-        x, norm.num_groups, weight, bias, norm.eps, silu, kind, scale
-    )
+    found = backend.group_norm_quantize(x, norm.num_groups, weight, bias, norm.eps, silu, *target)
     comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
     return found
 
@@ -253,6 +257,8 @@ class FusedTransformerBlock(BasicTransformerBlock):
         )
         self.context_group = _group((two.to_k, two.to_v))
         self.context_shared = self.context_group is not None
+        if self.context_shared and two.to_k.weight._params.pre_quant_scale is not None:
+            self.context_group = (*self.context_group, two.to_k)  # smoothed for this block
 
     def forward(self, x, context=None, transformer_options={}):  # noqa: B006  ComfyUI's signature
         if context is None or self._patched(transformer_options) or not self._stock_inside():
@@ -364,12 +370,7 @@ class FusedSpatialTransformer(SpatialTransformer):
 
     def _project_in(self, x: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         layer = self.proj_in
-        # a GroupNorm's kernel does not multiply by a smoothing scale
-        if (
-            _fusable(layer)
-            and layer.weight._params.pre_quant_scale is None
-            and untouched(self.norm)
-        ):
+        if _fusable(layer) and untouched(self.norm):
             q, scale = _group_norm(self.norm, x, False, layer)
             return _product(layer, q.permute(0, 2, 3, 1).flatten(1, 2), scale, x.dtype)
         normal = self.norm(x)

@@ -23,7 +23,7 @@ from ..utils.capability import GPU, PRODUCTS
 from ..utils.progress import progress
 from . import compiling, dispatch, fused, graphs, layouts, ops, reading, simulation
 from .device import describe
-from .eight_bit import handed_over
+from .eight_bit import handed_over, smoothed_alike
 from .patcher import QuantizedPatcher
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def load(
     )
     if arithmetic == dispatch.AUTO and device.type == "cpu" and checkpoint.header.get("imported"):
         arithmetic = dispatch.FAKE  # there is no kernel to win, and this is what ModelOpt computes
+    alike = smoothed_alike(checkpoint)
     operations = ops.quantized_ops(
         compute_dtype,
         checkpoint.layers,
@@ -107,7 +108,7 @@ def load(
             shape,
             compute_dtype,
             backend,
-            fuse and handed_over(name, layer),
+            fuse and handed_over(name, layer, name in alike),
         ),
         takes,
     )

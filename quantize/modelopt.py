@@ -281,9 +281,11 @@ def _weights_left_alone() -> Iterator[None]:
 DEAD = 2.0**-31
 
 
-def smooth(module: torch.nn.Module, alpha: float) -> None:
+def smooth(module: torch.nn.Module, alpha: float, beside: torch.Tensor | None = None) -> None:
     """SmoothQuant on one calibrated Linear, by ModelOpt itself. Gives it a weight of its own.
 
+    beside [n, in]: the largest magnitudes, by input channel, of n weights that multiply the same
+    input; each gets the smoothing of all of them, as in one Linear with their rows together.
     Afterwards `module.weight` is rescaled and `module.input_quantizer.pre_quant_scale` [in] set.
     ModelOpt collects activation maxima in a forward loop; the ones collected by `calibrate` are
     given to it as one token, [1, …, in] as collected. A channel that was zero in every call is smoothed
@@ -299,9 +301,12 @@ def smooth(module: torch.nn.Module, alpha: float) -> None:
     if weight.device != amax.device:  # a UNet too large for the device, streamed
         module.weight_quantizer.to(amax.device)
     module.weight_quantizer.set_from_attribute_config({**WEIGHTS["int8"], "enable": True})
-    module._parameters["weight"] = torch.nn.Parameter(
-        weight.to(amax.device, copy=True), requires_grad=False
-    )
+    more = 0 if beside is None else len(beside)
+    own = weight.new_empty((len(weight) + more, weight.shape[1]), device=amax.device)
+    own[: len(weight)].copy_(weight)
+    if beside is not None:
+        own[len(weight) :].copy_(beside)
+    module._parameters["weight"] = torch.nn.Parameter(own, requires_grad=False)
     holder = torch.nn.ModuleDict({"layer": module})
     with quiet():  # "Smoothed 1 modules", once a layer
         mtq.calibrate(
@@ -309,6 +314,9 @@ def smooth(module: torch.nn.Module, alpha: float) -> None:
             {"method": SMOOTHQUANT, "alpha": alpha},
             forward_loop=lambda _: module.input_quantizer(amax),
         )
+    if more:
+        own = module._parameters["weight"].data[: len(weight)]
+        module._parameters["weight"] = torch.nn.Parameter(own, requires_grad=False)
 
 
 def awq_weight(module: torch.nn.Module, plan: LayerPlan) -> torch.Tensor:

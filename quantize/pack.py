@@ -9,6 +9,7 @@ import torch
 from ..formats import FORMATS, blocks
 from ..formats.checkpoint import SIXTEEN_BITS, Layer
 from . import modelopt
+from .layers import sharing
 from .recipe import AWQ, AWQ_FULL, SMOOTHQUANT, SVDQUANT, LayerPlan
 
 
@@ -22,10 +23,11 @@ def pack(
     """
     tensors: dict[str, torch.Tensor] = {}
     table: dict[str, Layer] = {}
+    beside = _beside(unet, plans)
     for name, one in plans.items():
         module = unet.get_submodule(name)
         with modelopt.failure_explained(f"{name} was packed as {one.format}"):
-            stored, table[name] = _pack_layer(name, module, one)
+            stored, table[name] = _pack_layer(name, module, one, beside.get(name))
         tensors |= {f"{name}.{key}": value.cpu().contiguous() for key, value in stored.items()}
         modelopt.give_up(module)
         step()
@@ -43,15 +45,35 @@ def pack(
     return tensors, table
 
 
+def _beside(unet: torch.nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, torch.Tensor]:
+    """Layers that SmoothQuant smooths -> what `modelopt.smooth` takes of the others that have the same
+    input: smoothed alike, they can be fused (loaders/fused.py)."""
+    found = {}
+    for group in sharing(plans):
+        smoothed = [name for name in group if plans[name].algorithm == SMOOTHQUANT]
+        modules = [unet.get_submodule(name) for name in smoothed]
+        inputs = [module.input_quantizer.amax for module in modules]
+        one_input = all(torch.equal(inputs[0], amax) for amax in inputs[1:])
+        if len(smoothed) < 2 or not one_input or len({plans[n].alpha for n in smoothed}) > 1:
+            continue
+        columns = [module._parameters["weight"].data.abs().amax(0) for module in modules]
+        for index, name in enumerate(smoothed):
+            found[name] = torch.stack(columns[:index] + columns[index + 1 :])
+    return found
+
+
 def _pack_layer(
-    name: str, module: torch.nn.Module, one: LayerPlan
+    name: str, module: torch.nn.Module, one: LayerPlan, beside: torch.Tensor | None
 ) -> tuple[dict[str, torch.Tensor], Layer]:
-    """One calibrated layer -> its tensors by their names in the file, and what the file says of it."""
+    """One calibrated layer -> its tensors by their names in the file, and what the file says of it.
+
+    beside: see `modelopt.smooth`.
+    """
     numerics = FORMATS[one.format]
     extra: dict[str, torch.Tensor] = {}
     if one.algorithm == SMOOTHQUANT:
         _live(name, module.input_quantizer.amax.float().amax().item())
-        modelopt.smooth(module, one.alpha)
+        modelopt.smooth(module, one.alpha, beside)
     weight = module._parameters["weight"].data
     if one.algorithm in AWQ:
         weight = modelopt.awq_weight(module, one)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,12 +10,9 @@ import torch
 
 from ..formats import files
 from . import assign, engine, prediction
+from .layers import sharing
 from .mixed import Mixed
 from .recipe import LayerPlan, Recipe
-
-# layers that a fused kernel runs at once must have one format: the self-attention's q, k and v, and
-# the cross-attention's k and v
-GROUPS = (re.compile(r"(.*\.attn1)\.to_[qkv]"), re.compile(r"(.*\.attn2)\.to_[kv]"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,8 @@ class Space:
         self.model, self.measured = model, measured
         self.choices = tuple(one.recipe for one in measured)
         self.signal = measured[0].signal
-        self.groups: list[list[str]] = _grouped(names)
+        # those that a fused kernel runs at once must have one format
+        self.groups = sharing(names)
         self.weights = sum(math.prod(self.weight(n).shape) for n in names)
         sizes = [self.sizes(one) for one in measured]
         self.indices: list[list[int | None]] = []
@@ -109,14 +106,6 @@ class Space:
 
     def decibel(self, noise: float) -> float:
         return 10 * math.log10(self.signal / noise) if noise > 0 else math.inf
-
-
-def _grouped(names: Mapping[str, str]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        match = next((m for pattern in GROUPS if (m := pattern.fullmatch(name))), None)
-        groups.setdefault(f"{match[1]}.*" if match else name, []).append(name)
-    return list(groups.values())
 
 
 def _bytes(module: torch.nn.Module, plan: LayerPlan) -> float:

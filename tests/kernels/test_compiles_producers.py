@@ -46,7 +46,7 @@ def statistics(channels, pixels, capability, x="*fp16"):
     return Request(module, "statistics", arguments, constexprs, capability, warps)
 
 
-def normalize(channels, pixels, kind, capability, per_token, x="*fp16"):
+def normalize(channels, pixels, kind, capability, per_token, x="*fp16", scaled=False):
     tile = producers.tile(channels, per_token)
     near = group_norm.normalize_tile(2, channels, pixels, 32, *tile)[1]
     arguments = {
@@ -56,7 +56,10 @@ def normalize(channels, pixels, kind, capability, per_token, x="*fp16"):
         **dict.fromkeys(("images", "pixels", "channels", "length"), "i32"),
         "eps": "fp32",
     }
-    constexprs = {
+    if scaled:
+        arguments["pre_quant_scale"] = "*fp16"
+    constexprs = {} if scaled else {"pre_quant_scale": None}
+    constexprs |= {
         "GROUPS": 32,
         "PER_GROUP": channels // 32,
         "STRETCHES": group_norm.statistics_tile(2, channels, pixels, 32)[1],
@@ -90,6 +93,7 @@ def for_kind(kind, capability):
         normalize(320, 128 * 128, kind, capability, False),
         normalize(1280, 32 * 32, kind, capability, False, x="*bf16"),
         normalize(2560, 8 * 8, kind, capability, True),
+        normalize(640, 64 * 64, kind, capability, True, scaled=True),
     ]
 
 

@@ -32,9 +32,9 @@ def inputs(n, c, h, w, dtype):
     return x, torch.randn(c), torch.randn(c)
 
 
-def compare(x, groups, weight, bias, silu, kind, scale, share=1e-3):
-    got = group_norm_quantize(x, groups, weight, bias, 1e-5, silu, kind, scale)
-    expected = group_norm_quantize_reference(x, groups, weight, bias, 1e-5, silu, kind, scale)
+def compare(x, groups, weight, bias, silu, kind, scale, pre_quant_scale=None, share=1e-3):
+    args = (x, groups, weight, bias, 1e-5, silu, kind, scale, pre_quant_scale)
+    got, expected = group_norm_quantize(*args), group_norm_quantize_reference(*args)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
     assert_one_step(got, expected, x.dtype, share)
 
@@ -57,6 +57,32 @@ def test_options(silu, weight, bias):
     w = None if weight is None else w.to(weight)
     b = None if bias is None else b.to(bias)
     compare(x, 32, w, b, silu, "int8", torch.tensor(0.03))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.04)])
+@pytest.mark.parametrize("n, c, h, w, groups", SHAPES[2:8])
+def test_smoothing(kind, dtype, scale, n, c, h, w, groups):
+    x, weight, bias = inputs(n, c, h, w, dtype)
+    smoothing = torch.rand(c).add(0.1).to(torch.float16)
+    compare(x, groups, weight, bias, False, kind, scale, smoothing)
+    compare(x, groups, weight, bias, True, kind, scale, smoothing.float())
+
+
+@both
+def test_smoothing_multiplies_what_is_normal(run):
+    """Against float64; a channel smoothed to nothing stays nothing."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 5, 7)
+    wide = x.double().reshape(2, 32, -1)
+    variance, mean = torch.var_mean(wide, 2, correction=0, keepdim=True)
+    normal = ((wide - mean) / variance.sqrt()).reshape(x.shape)
+    smoothing = torch.linspace(0, 2, 64)
+    q, _ = run(x, 32, None, None, 1e-9, False, "int8", torch.tensor(0.05), smoothing)
+    wanted = (normal * smoothing.double()[:, None, None] / 0.05).clamp(-128, 127)
+    assert (q.double() - wanted).abs().max() < 0.51
+    assert not q[:, 0].any()
 
 
 @both

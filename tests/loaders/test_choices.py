@@ -15,7 +15,7 @@ from comfyui_modelopt.kernels import backends, choices
 from comfyui_modelopt.kernels.choices import DEQUANTIZED, HANDED, LIBRARY, OURS
 from comfyui_modelopt.loaders import dispatch, info
 from comfyui_modelopt.loaders import unet as loader
-from comfyui_modelopt.loaders.eight_bit import handed_over
+from comfyui_modelopt.loaders.eight_bit import handed_over, smoothed_alike
 from comfyui_modelopt.quantize.quality import sqnr_db
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils.capability import GPU
@@ -214,7 +214,11 @@ def test_which_inputs_come_in_8_bits_is_what_fused_blocks_do(recipe, quantized):
     with torch.inference_mode():
         model.model.diffusion_model(*args, **kwargs)
     layers = made.checkpoint.layers
-    handed = {name for name, layer in layers.items() if handed_over(name, layer)}
-    context = any(name.endswith("attn2.to_k") for name in handed)  # one pass for all
+    alike = smoothed_alike(made.checkpoint)
+    assert bool(alike) == (recipe.algorithm == "smoothquant")
+    handed = {name for name, one in layers.items() if handed_over(name, one, name in alike)}
+    contexts = [name for name in handed if name.endswith("attn2.to_k")]
+    assert contexts
+    context = len(contexts) if alike else 1  # one pass for all that are not smoothed
     assert 0 < len(handed) < len(layers)
     assert counts["passes"] == len(layers) - len(handed) + context

@@ -18,6 +18,7 @@ from comfyui_modelopt.devtools import synthetic
 from comfyui_modelopt.kernels import backends, check
 from comfyui_modelopt.loaders import fused
 from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.loaders.eight_bit import smoothed_alike
 from comfyui_modelopt.quantize import engine
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.quality import sqnr_db
@@ -25,10 +26,11 @@ from comfyui_modelopt.quantize.recipe import Recipe
 
 from ..counted import counted
 
+SMOOTH = Recipe("int8", "smoothquant", 0.5)
 RECIPES = [
     Recipe("int8"),
     Recipe("fp8"),
-    Recipe("int8", "smoothquant", 0.5),
+    SMOOTH,
     Recipe("fp8", activations="per token"),
     Recipe("w4a8", "max"),
     Recipe("int8", layers="linear only"),
@@ -117,9 +119,10 @@ def test_every_block_gives_the_same(made):
             assert relative(found, wanted) < 1e-3, name
 
 
-def test_layers_share_launches(quantized):
+@pytest.mark.parametrize("recipe", [Recipe("fp8"), SMOOTH], ids=name_of)
+def test_layers_share_launches(quantized, recipe):
     """Queries, keys and values in one; GEGLU, residuals and time embeddings inside products."""
-    made = quantized(Recipe("fp8"))
+    made = quantized(recipe)
     backend, counts = counting(backends.REFERENCE)
     model = load(made, True, backend)
     calls(model, made.records[0])
@@ -129,10 +132,38 @@ def test_layers_share_launches(quantized):
     assert counts["scaled_mm_geglu"] == transformers
     assert counts["layer_norm_quantize"] == 3 * transformers
     assert counts["group_norm_quantize"] == 2 * resblocks + there["FusedSpatialTransformer"]
-    # attention's outputs, projections out, one context for all
+    # attention's outputs, projections out, one context for all that do not smooth it
     spatial = there["FusedSpatialTransformer"]
     others = counts["conv2d"] - 2 * resblocks  # Downsample and Upsample quantize their own input
-    assert counts["quantize_rows"] == 2 * transformers + spatial + 1 + others
+    own = 2 * transformers + spatial + others
+    if recipe.format == "fp8":
+        assert counts["quantize_rows"] == own + 1
+    else:  # a scale for each token: behind GEGLU too
+        assert counts["quantize_rows"] == own + 2 * transformers
+
+
+def test_layers_that_are_smoothed_apart_are_not_fused(quantized):
+    """As in files of ModelOpt, and of this pack's 0.1: each gets its own input."""
+    made = quantized(SMOOTH).checkpoint
+    tensors = dict(made.tensors)
+    apart = [n for n in made.layers if n.endswith(("attn1.to_k", "attn2.to_v"))]
+    for name in apart:
+        tensors[f"{name}.pre_quant_scale"] = 0.75 * tensors[f"{name}.pre_quant_scale"]
+    checkpoint = dataclasses.replace(made, tensors=tensors)
+    records = quantized(SMOOTH).records
+    backend, counts = counting(backends.REFERENCE)
+    plain, fast = (
+        loader.load(checkpoint, arithmetic="integer", backend=b, fuse=fuse)
+        for b, fuse in ((backends.REFERENCE, False), (backend, True))
+    )
+    comfy.model_management.load_models_gpu([plain, fast])
+    ordinary, there = blocks(plain), blocks(fast)
+    for name, (args, kwargs, _) in calls(plain, records[0]).items():
+        if isinstance(there[name], fused.FusedTransformerBlock):
+            with torch.inference_mode():
+                assert torch.equal(there[name](*args, **kwargs), ordinary[name](*args, **kwargs))
+    assert apart and counts["grouped_scaled_mm"] == 0
+    assert smoothed_alike(made) and not smoothed_alike(checkpoint)
 
 
 def test_static_scales_are_shared_by_what_shares_an_input(quantized):
@@ -327,7 +358,7 @@ def test_weights_brought_for_a_call_are_multiplied_one_by_one(quantized, monkeyp
     assert counts["grouped_scaled_mm"] == 0
 
 
-@pytest.mark.parametrize("recipe", [Recipe("int8", "smoothquant", 0.5), Recipe("fp8")], ids=name_of)
+@pytest.mark.parametrize("recipe", [SMOOTH, Recipe("fp8")], ids=name_of)
 def test_projections_that_are_linear_layers(recipe):
     """As in SDXL and SD2: proj_in stands behind a GroupNorm, and may be smoothed."""
     source = comfy.sd.load_diffusion_model_state_dict(synthetic.unet_state_dict("sd2"))
@@ -343,7 +374,8 @@ def test_projections_that_are_linear_layers(recipe):
         max_records=4,
     )
     made = engine.quantize_model(source, recipe, calibration)
-    plain, fast = load(made, False), load(made, True)
+    backend, counts = counting(backends.REFERENCE)
+    plain, fast = load(made, False), load(made, True, backend)
     there, found = blocks(fast), 0
     for name, (args, kwargs, _) in calls(plain, made.records[0]).items():
         args = [channels_last(value) for value in args]
@@ -352,6 +384,8 @@ def test_projections_that_are_linear_layers(recipe):
             assert relative(there[name](*args, **kwargs), wanted) < 1e-3, name
         found += isinstance(there[name], fused.FusedSpatialTransformer) and there[name].use_linear
     assert found
+    resblocks = sum(isinstance(block, fused.FusedResBlock) for block in there.values())
+    assert counts["group_norm_quantize"] == 2 * resblocks + found
 
 
 def test_nothing_is_kept_between_calls(quantized):

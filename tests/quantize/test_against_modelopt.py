@@ -12,7 +12,7 @@ from comfyui_modelopt.loaders import dispatch
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, modelopt, quality
 from comfyui_modelopt.quantize.bridge import unet as bridge
-from comfyui_modelopt.quantize.layers import select
+from comfyui_modelopt.quantize.layers import select, sharing
 from comfyui_modelopt.quantize.recipe import LayerPlan, Recipe
 
 RECIPES = {
@@ -36,8 +36,59 @@ def records_of(calibration):
     return [record for run in calibration.runs for record in run.records]
 
 
+class Rows(torch.nn.Module):
+    """Some rows of a Linear that is not this module's own."""
+
+    def __init__(self, whole: torch.nn.Module, first: int, last: int):
+        super().__init__()
+        self.whole, self.first, self.last = [whole], first, last
+
+    def forward(self, x):
+        return self.whole[0](x)[..., self.first : self.last]
+
+
+def join(unet: torch.nn.Module) -> list[str]:
+    """Each attention's layers of one input as one Linear, `whole`, whose rows they become: as ModelOpt
+    sees a model with fused projections. The groups' names, first to last."""
+    found = []
+    for group in sharing(name for name, _ in unet.named_modules()):
+        if len(group) == 1:
+            continue
+        parts = [unet.get_submodule(name) for name in group]
+        attention = unet.get_submodule(group[0].rpartition(".")[0])
+        whole = parts[0]
+        weight = torch.cat([part.weight.data for part in parts])
+        first = 0
+        for name, part in zip(group, parts, strict=True):
+            last = first + len(part.weight)
+            setattr(attention, name.rpartition(".")[2], Rows(whole, first, last))
+            first = last
+        whole.weight = torch.nn.Parameter(weight, requires_grad=False)
+        whole.out_features = len(weight)
+        attention.whole = whole
+        found.append(group)
+    return found
+
+
+def part(unet: torch.nn.Module, groups: list[list[str]]) -> None:
+    """Undoes `join` after ModelOpt has calibrated: each layer its rows, of weight and maxima."""
+    for group in groups:
+        attention = unet.get_submodule(group[0].rpartition(".")[0])
+        whole = attention.whole
+        del attention.whole
+        for name in group:
+            rows = unet.get_submodule(name)
+            own = copy.deepcopy(whole)
+            own.weight = torch.nn.Parameter(whole.weight[rows.first : rows.last].clone())
+            own.weight_quantizer.reset_amax()
+            own.weight_quantizer.amax = whole.weight_quantizer.amax[rows.first : rows.last].clone()
+            own.out_features = len(own.weight)
+            setattr(attention, name.rpartition(".")[2], own)
+
+
 def fake_quantized(model, recipe: Recipe, records, dynamic: bool = True) -> torch.nn.Module:
-    """ModelOpt's fake-quantized UNet by ModelOpt's plain way: one `mtq.quantize` with the recipe.
+    """ModelOpt's fake-quantized UNet by ModelOpt's plain way: one `mtq.quantize` with the recipe, for
+    SmoothQuant of a model whose projections of one input are one Linear.
 
     dynamic: INT8 Linears quantize their activations per token afterwards, as ours do.
     """
@@ -46,6 +97,8 @@ def fake_quantized(model, recipe: Recipe, records, dynamic: bool = True) -> torc
     unet = bridge.copy_unet(model)
     for parameter in unet.parameters():
         parameter.data = parameter.data.clone()
+    own = select(unet, recipe.layers, list(recipe.skip))
+    groups = join(unet) if recipe.algorithm == "smoothquant" else []
     layers = select(unet, recipe.layers, list(recipe.skip))
     modelopt.register(unet, layers)
     weight = {"num_bits": 8, "axis": 0} if recipe.format == "int8" else E4M3
@@ -66,9 +119,10 @@ def fake_quantized(model, recipe: Recipe, records, dynamic: bool = True) -> torc
             twin(*args, **kwargs)
 
     mtq.quantize(unet, {"quant_cfg": config, "algorithm": algorithm}, replay)
+    part(unet, groups)
     per_token = PER_TOKEN[recipe.format]
     if dynamic and (recipe.format == "int8" or recipe.activations == "per token"):
-        for name, kind in layers.items():
+        for name, kind in own.items():
             if kind == "linear":
                 quantizer = unet.get_submodule(name).input_quantizer
                 quantizer.reset_amax()
