@@ -20,9 +20,11 @@ from ..quantize.recipe import (
     CHOICES,
     CONVOLUTIONS,
     LIMITS,
+    MAX,
     OPTIONS,
     WEIGHTS,
     Recipe,
+    default_algorithm,
     may_calibrate,
     recipe_of,
 )
@@ -103,7 +105,7 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
                        + "; ".join(f"{name}: {FORMATS[name].TITLE}" for name in CHOICES))  # fmt: skip
     known = "; ".join(f"{name}: {', '.join(ALGORITHMS[name])}" for name in CHOICES)
     texts = " ".join(words.ALGORITHMS.values())
-    group.add_argument("--algorithm", metavar="NAME", help=f"{known}; default: the format's first. "
+    group.add_argument("--algorithm", metavar="NAME", help=f"{known}; default: the format's first, {MAX} for int8 with --layers \"{LINEAR_ONLY}\". "
                        f"{texts}")  # fmt: skip
     for name, kind in KINDS.items():
         low, high = LIMITS[name]
@@ -207,7 +209,8 @@ def _recipe(args: argparse.Namespace) -> Recipe | Mixed:
             )
         return mixed.read(_text(args.recipe, "--recipe"), str(args.recipe))
     name = args.format or CHOICES[0]
-    algorithm = args.algorithm or ALGORITHMS[name][0]
+    layers = args.layers or Recipe.layers
+    algorithm = args.algorithm or default_algorithm(name, layers)
     own = {"algorithm": algorithm}
     for option in ("alpha", "convolutions", "percentile", "rank"):
         value = getattr(args, option)
@@ -232,7 +235,7 @@ def _recipe(args: argparse.Namespace) -> Recipe | Mixed:
     if args.weights == WEIGHTS["fp8"][1] and args.algorithm is None:
         own["algorithm"] = ""  # those weights have an algorithm of their own
     skip = [*(args.skip or DEFAULT_SKIP), *(args.skip_also or ())]
-    return recipe_of(chosen, args.layers or Recipe.layers, "\n".join(skip))
+    return recipe_of(chosen, layers, "\n".join(skip))
 
 
 def _calibration(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..quantize import mixed
 from ..quantize.recipe import recipe_of
 from .planning import plan
 from .recipe_inputs import recipe_inputs, why_not
@@ -31,6 +32,13 @@ class Plan(io.ComfyNode):
                     tooltip="The recording you will quantize with: one of its UNet calls is measured. "
                     "Without it, a call's memory and time are not known.",
                 ),
+                io.String.Input(
+                    "recipe",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The recipe that Auto Quantize gave: its mix is planned, format, layers and "
+                    "skip above do not count then.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="plan", tooltip="The text shown on the node."),
@@ -45,6 +53,12 @@ class Plan(io.ComfyNode):
         return why_not(format) or True
 
     @classmethod
-    def execute(cls, model, format, layers, skip, calibration=None) -> io.NodeOutput:
-        text, figures = plan(model, recipe_of(format, layers, skip), calibration)
+    def execute(
+        cls, model, format, layers, skip, calibration=None, recipe: str | None = None
+    ) -> io.NodeOutput:
+        if recipe is None:
+            chosen = recipe_of(format, layers, skip)
+        else:
+            chosen = mixed.read(recipe, "the recipe that is connected")
+        text, figures = plan(model, chosen, calibration)
         return io.NodeOutput(text, figures["file_bytes"], ui=shown(text, figures=figures))

@@ -13,6 +13,7 @@ from ..loaders import expected
 from ..quantize import engine, modelopt, needs, prediction, whose
 from ..quantize.bridge.unet import unet_of
 from ..quantize.layers import LINEAR_AND_CONV
+from ..quantize.mixed import Mixed
 from ..quantize.recipe import Recipe
 from ..utils import out_of_memory, plan_report
 from ..utils.memory import COUNTED
@@ -46,13 +47,16 @@ def sizes(model, recipe, calibration=None) -> Sizes:
     return Sizes(files.size(made), expected.held_bytes(made, model), made, notes)
 
 
-def others(model, recipe: Recipe, calibration) -> dict[str, int]:
-    """Format -> bytes of the file, with the same layers and the format's default algorithm; formats
-    that a layer's shape does not fit are left out."""
+def others(model, recipe: Recipe | Mixed, calibration) -> dict[str, int]:
+    """Format -> bytes of the file, with the same layers (all, for a mix) and the format's default
+    algorithm; formats that a layer's shape does not fit are left out."""
+    chosen = {}
+    if isinstance(recipe, Recipe):
+        chosen = {"layers": recipe.layers, "skip": recipe.skip}
     found = {}
     for name in FORMATS:
         try:
-            other = Recipe(name, layers=recipe.layers, skip=recipe.skip)
+            other = Recipe(name, **chosen)
             found[name] = sizes(model, other, calibration).file
         except ValueError:
             continue
@@ -60,7 +64,7 @@ def others(model, recipe: Recipe, calibration) -> dict[str, int]:
 
 
 @out_of_memory.explained("planning", out_of_memory.RECORD_SMALLER)
-def plan(model, recipe: Recipe, calibration=None) -> tuple[str, dict]:
+def plan(model, recipe: Recipe | Mixed, calibration=None) -> tuple[str, dict]:
     """The plan in words, and its figures (JSON-able). The MODEL is not changed; with a calibration
     one of its calls is made, and one layer of each kind is packed, to measure memory and time."""
     source = unet_of(model)
@@ -108,10 +112,10 @@ def plan(model, recipe: Recipe, calibration=None) -> tuple[str, dict]:
     return plan_report.text(facts), plan_report.figures(facts)
 
 
-def _share_of_convolutions(source: torch.nn.Module, recipe: Recipe) -> float:
+def _share_of_convolutions(source: torch.nn.Module, recipe: Recipe | Mixed) -> float:
     """How much of the weights is in convolutions that `linear + conv` would quantize beside those
-    of `linear only`; 0 where they are quantized already."""
-    if recipe.layers == LINEAR_AND_CONV:
+    of `linear only`; 0 where they are quantized already, or left alone layer by layer."""
+    if isinstance(recipe, Mixed) or recipe.layers == LINEAR_AND_CONV:
         return 0.0
     convolutions = [
         module.weight.numel() for module in source.modules() if isinstance(module, torch.nn.Conv2d)

@@ -14,13 +14,12 @@ from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
 AWQ_LITE, AWQ_FULL, SVDQUANT = "awq_lite", "awq_full", "svdquant"
-# format -> its algorithms, the default first: on learned weights (benchmarks/results/quality_sd15.md)
-# no other whose file is as small is better in PSNR or SQNR without being worse in the other. But for
-# int8's: smoothquant measures better (0.3 dB of SQNR; 1.9 with `linear only`), yet `linear only` files
-# must open in stock ComfyUI, and q, k and v that are smoothed apart cannot be fused (loaders/fused.py)
+# format -> its algorithms, the default first (see also `default_algorithm`): on learned weights
+# (benchmarks/results/quality_sd15.md) no other whose file is as small is better in PSNR or SQNR without
+# being worse in the other
 ALGORITHMS = {
     "fp8": (MSE, MAX),
-    "int8": (MAX, SMOOTHQUANT, PERCENTILE, MSE),
+    "int8": (SMOOTHQUANT, MAX, PERCENTILE, MSE),
     "mxfp8": (MAX,),
     "nvfp4": (AWQ_LITE, SVDQUANT, MAX),
     "int4": (AWQ_LITE, AWQ_FULL, SVDQUANT, MSE, MAX),
@@ -45,9 +44,17 @@ DEFAULTS = {"alpha": 0.5, "convolutions": MAX, "percentile": 1.0, "rank": 32}
 LIMITS = {"alpha": (0.0, 1.0), "percentile": (0.01, 1.0), "rank": (1, 256)}
 
 
+def default_algorithm(format: str, layers: str = LINEAR_AND_CONV, activations: str = STATIC) -> str:
+    """A format's default. `linear only` files are for stock ComfyUI, which knows no smoothing of int8,
+    and activations that are not rounded need none."""
+    first = ALGORITHMS[format][0]
+    plain = layers == LINEAR_ONLY or activations == SIXTEEN
+    return MAX if first == SMOOTHQUANT and plain else first
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """format: a name of FORMATS; algorithm: one of ALGORITHMS[format], "" for the default one.
+    """format: a name of FORMATS; algorithm: one of ALGORITHMS[format], "" for `default_algorithm`.
 
     alpha: SmoothQuant's, 0 to 1; convolutions: how their activations are calibrated beside it, MAX
     or PERCENTILE; percentile: share of the steps that convolutions' activation
@@ -70,7 +77,8 @@ class Recipe:
         get(self.format)
         known = ALGORITHMS[self.format]
         if not self.algorithm:
-            object.__setattr__(self, "algorithm", known[0])
+            own = default_algorithm(self.format, self.layers, self.activations)
+            object.__setattr__(self, "algorithm", own)
         if self.algorithm not in known:
             raise ValueError(
                 f"algorithm of {self.format} must be one of {', '.join(known)}, "

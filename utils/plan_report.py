@@ -55,7 +55,7 @@ def text(facts: Facts) -> str:
         _quantizing_line(facts),
         _time_line(facts),
         *kernel_lines(facts.kernels),
-        opens_line(facts.opens_in_stock),
+        opens_line(facts.opens_in_stock, facts.recipe),
         *(f"Mind: {warning}" for warning in warnings(facts)),
         *_advice_lines(facts),
         *facts.notes,
@@ -191,7 +191,9 @@ def _advice_lines(facts: Facts) -> list[str]:
     sizes = sorted(facts.others.items(), key=lambda item: item[1])
     listed = ", ".join(f"{name} {megabytes(size)}" for name, size in sizes)
     goals = capability.recommend(facts.gpu).items()
+    mixed = facts.recipe.get("format") == "mixed"
+    layers = "With linear + conv, one format" if mixed else "With these layers"
     return [
-        f"With these layers: {listed} (each format's default algorithm)",
+        f"{layers}: {listed} (each format's default algorithm)",
         *(f"For the {goal}: {name} ({reason})" for goal, (name, reason) in goals),
     ]

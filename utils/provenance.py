@@ -33,7 +33,7 @@ def provenance(
             lines += _other(name, value, full)
     if full:
         lines += _facts("Architecture", header.get("unet_config"), full)
-    return [*lines, opens_line(bool(header.get("opens_in_stock")))]
+    return [*lines, opens_line(bool(header.get("opens_in_stock")), header.get("recipe"))]
 
 
 def _other(name: str, value: object, full: bool) -> list[str]:

@@ -92,11 +92,16 @@ def kernel_lines(kernels: Iterable[object]) -> list[str]:
     ]
 
 
-def opens_line(opens_in_stock: bool) -> str:
-    """Where the file opens."""
+def opens_line(opens_in_stock: bool, recipe: object = None) -> str:
+    """Where the file opens, and what of its recipe could be otherwise if it must open in stock."""
     if opens_in_stock:
         return 'Opens in stock ComfyUI ("Load Diffusion Model") and with this pack.'
-    return "Opens with this pack only: stock ComfyUI has no such layers and refuses the file."
+    line = "Opens with this pack only: stock ComfyUI has no such layers and refuses the file."
+    chosen = recipe if isinstance(recipe, Mapping) else {}
+    found = [chosen.get(name) for name in ("format", "algorithm", "layers")]
+    if found == ["int8", "smoothquant", "linear only"]:
+        return line + " With max it would open there."
+    return line
 
 
 def quantize_report(
@@ -118,7 +123,7 @@ def quantize_report(
         quality_line(header.get("quality")),
         calibration_line(header.get("calibration")),
         *kernel_lines(kernels),
-        opens_line(opens_in_stock),
+        opens_line(opens_in_stock, header["recipe"]),
         f"Took {seconds:.1f} s",
         *notes,
     ]
@@ -141,7 +146,7 @@ def model_report(
         quality_line(header.get("quality")),
         calibration_line(header.get("calibration")),
         *kernel_lines(kernels),
-        opens_line(bool(header.get("opens_in_stock"))),
+        opens_line(bool(header.get("opens_in_stock")), header.get("recipe")),
         f"Model: {header.get('model', 'unknown')}",
         f"Made from: {source['name']} (SHA-256 {source['sha256']})"
         if source

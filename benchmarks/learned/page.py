@@ -57,8 +57,6 @@ def costs(own: dict[str, Any], row: dict[str, Any]) -> list[str]:
         found.append("not for stock ComfyUI")
     if row["algorithm"] in SMOOTHING and own["algorithm"] not in SMOOTHING:
         found.append("smoothing at every call")
-    if row["algorithm"] == SMOOTHQUANT:  # each has an input of its own: `loaders.fused`
-        found.append("attention's q, k and v not fused")
     if row["activations"] == SIXTEEN:
         found.append("arithmetic in 16 bits")
     return found

@@ -163,7 +163,6 @@ def test_page_sets_every_recipe_beside_its_default():
         "10 % larger",
         "not for stock ComfyUI",
         "smoothing at every call",
-        "attention's q, k and v not fused",
     ]
     assert (mixed["verdict"], mixed["costs"]) == ("mixed", [])
     text = "\n".join(page._default_lines(rows))

@@ -80,7 +80,7 @@ def made(source, recording, comfyui, tmp_path_factory) -> Path:
 
 def test_it_is_the_nodes_file(made, source, sd15, recording, tmp_path):
     """But for the entry that says what was asked for."""
-    recipe, calls = Recipe("int8", skip=SKIP), calibration_file.load(recording)
+    recipe, calls = Recipe("int8", "max", skip=SKIP), calibration_file.load(recording)
     quantized, _, _ = quantize_and_load(sd15[0], recipe, calls, sizes(sd15[0], recipe, calls))
     files.write(loader.to_checkpoint(quantized), tmp_path / "nodes.safetensors")
     assert [path.name for path in made.iterdir()] == [NAME]

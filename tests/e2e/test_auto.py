@@ -7,7 +7,7 @@ import json
 import pytest
 from comfyui_modelopt.devtools.server import PromptRejected
 
-from .workflows import SAMPLING, SKIP, Graph, cancelled_at, conditioning, recorded
+from .workflows import SAMPLING, SKIP, Graph, cancelled_at, conditioning, quantize_inputs, recorded
 
 pytestmark = pytest.mark.e2e
 TIMEOUT = 900
@@ -62,6 +62,27 @@ def test_report_and_recipe(server, done):
         assert name in text
     assert figures["file_bytes"] == figures["planned_file_bytes"] == len(saved(server, "first"))
     assert {name.split()[0] for name, *_ in figures["uniform"]} == {"int8"}
+
+
+def test_plan_tells_a_mix_before_it_is_made(server, done):
+    """The recipe of one run, as text that was kept, into Plan of another."""
+    graph = Graph()
+    found = recorded(graph)
+    text = graph.add("PrimitiveStringMultiline", value=done[2])
+    options = quantize_inputs("fp8", "linear only")
+    plan = graph.add("ModelOptPlan", recipe=[text, 0], **found, **options)
+    result = server.run(graph.nodes, timeout=TIMEOUT)
+    assert result.error is None, (result.error["exception_message"], result.error["traceback"])
+    (said,), (figures,) = (result.outputs[plan][key] for key in ("text", "modelopt"))
+    size = len(saved(server, "first"))
+    assert figures["file_bytes"] == size and figures["exact"] is True
+    assert (
+        said.startswith("Plan: mixed for 9 bits a weight: ") and f"\nFile: {size:,} bytes" in said
+    )
+    assert "\nWith linear + conv, one format: " in said
+    graph.nodes[text]["inputs"]["value"] = "{}"
+    error = server.run(graph.nodes, timeout=TIMEOUT).error["exception_message"]
+    assert "the recipe that is connected is not: take the text or file that Auto Quantize" in error
 
 
 def test_the_recipe_gives_the_same_file_and_it_samples(server, done):

@@ -25,7 +25,7 @@ def test_both_kinds_of_model(comfyui, checkpoints, sd15, calibration, tmp_path):
     (server.models / "checkpoints" / "sd15.safetensors").symlink_to(
         checkpoints / "sd15.safetensors"
     )
-    made = engine.quantize_model(sd15[0], Recipe("int8"), calibration).checkpoint
+    made = engine.quantize_model(sd15[0], Recipe("int8", "max"), calibration).checkpoint
     files.write(made, server.models / "diffusion_models" / "int8.safetensors")
     graph = Graph()
     plain = graph.add("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")

@@ -143,7 +143,7 @@ def quantized_file(sd15, calibration, tmp_path_factory):
     from comfyui_modelopt.quantize.recipe import Recipe
 
     path = tmp_path_factory.mktemp("quantized") / "unet.safetensors"
-    files.write(engine.quantize_model(sd15[0], Recipe("int8"), calibration).checkpoint, path)
+    files.write(engine.quantize_model(sd15[0], Recipe("int8", "max"), calibration).checkpoint, path)
     return path
 
 

@@ -121,7 +121,7 @@ def test_the_log_and_the_report_say_so(write, quantized, monkeypatch, caplog):
     monkeypatch.setattr(loader, "describe", lambda device, kinds: HERE)
     half = lambda *_: torch.float16  # noqa: E731
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", half)
-    made = quantized(Recipe("int8")).checkpoint
+    made = quantized(Recipe("int8", "max")).checkpoint
     shapes = {n: tuple(made.tensors[f"{n}.weight"].shape) for n in made.layers}
     slow = Counter(shapes[n] for n, layer in made.layers.items() if layer.kind == "linear")
     shape, count = slow.most_common(1)[0]
@@ -157,7 +157,7 @@ def test_a_unet_of_all_ways_is_as_near_to_16_bits(write, quantized, sd15, monkey
     half = lambda *_: torch.float16  # noqa: E731
     monkeypatch.setattr(comfy.model_management, "unet_manual_cast", half)
     monkeypatch.setattr(backends, "triton", lambda: backends.REFERENCE)  # the same, and quick
-    made = quantized(Recipe("int8"))
+    made = quantized(Recipe("int8", "max"))
     checkpoint, rows = made.checkpoint, {}
     for name, layer in checkpoint.layers.items():
         how = STATIC if layer.static else "per token"
@@ -191,7 +191,7 @@ def test_a_unet_of_all_ways_is_as_near_to_16_bits(write, quantized, sd15, monkey
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe("int8"),
+        Recipe("int8", "max"),
         Recipe("fp8"),
         Recipe("int8", "smoothquant", 0.5),
         Recipe("fp8", activations="per token"),

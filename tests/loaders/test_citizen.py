@@ -336,7 +336,7 @@ def test_a_quantized_model_with_an_ordinary_one(both, conditionings, plain, node
 @pytest.mark.parametrize("layers", ["linear + conv", "linear only"])
 @pytest.mark.parametrize("with_lora", [False, True])
 def test_model_save(quantized, sd15, conditionings, loras, tmp_path, layers, with_lora):
-    checkpoint = quantized(Recipe("int8", layers=layers)).checkpoint
+    checkpoint = quantized(Recipe("int8", "max", layers=layers)).checkpoint
     model = loader.load(checkpoint)
     if with_lora:
         model = comfy.sd.load_lora_for_models(model, None, loras[0], 0.5, 0)[0]

@@ -28,12 +28,12 @@ from ..counted import counted
 
 SMOOTH = Recipe("int8", "smoothquant", 0.5)
 RECIPES = [
-    Recipe("int8"),
+    Recipe("int8", "max"),
     Recipe("fp8"),
     SMOOTH,
     Recipe("fp8", activations="per token"),
     Recipe("w4a8", "max"),
-    Recipe("int8", layers="linear only"),
+    Recipe("int8", "max", layers="linear only"),
     Recipe("nvfp4", "max"),  # its convolutions that do not fit blocks are int8
 ]
 FUSED = (fused.FusedTransformerBlock, fused.FusedResBlock, fused.FusedSpatialTransformer)
@@ -176,7 +176,7 @@ def test_static_scales_are_shared_by_what_shares_an_input(quantized):
         assert two.to_k.input_key == two.to_v.input_key
 
 
-@pytest.mark.parametrize("recipe", [Recipe("int8"), Recipe("fp8")], ids=name_of)
+@pytest.mark.parametrize("recipe", [Recipe("int8", "max"), Recipe("fp8")], ids=name_of)
 def test_a_lora_turns_its_own_layers_back(quantized, checkpoints, recipe):
     made = quantized(recipe)
     lora = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
@@ -226,7 +226,7 @@ PATCHED = {
 
 @pytest.mark.parametrize("patch", PATCHED)
 def test_a_patch_turns_its_blocks_back(quantized, patch):
-    made = quantized(Recipe("int8"))
+    made = quantized(Recipe("int8", "max"))
     options = {"patches": {}, "patches_replace": {}} | PATCHED[patch]
     backend, counts = counting(backends.REFERENCE)
     plain, fast = load(made, False), load(made, True, backend)
@@ -254,7 +254,7 @@ def ordinary_transformers(there) -> list[str]:
     return [name for name, block in there.items() if isinstance(block, fused.FusedTransformerBlock)]
 
 
-@pytest.mark.parametrize("recipe", [Recipe("int8"), Recipe("fp8")], ids=name_of)
+@pytest.mark.parametrize("recipe", [Recipe("int8", "max"), Recipe("fp8")], ids=name_of)
 def test_triton_gives_what_the_reference_gives(quantized, recipe):
     """One block of each kind through Triton (its interpreter, where there is no GPU)."""
     made = quantized(recipe)
@@ -296,7 +296,7 @@ TOUCHED = [(how, where) for how in (replaced, hooked) for where in PLACES]
 
 @pytest.mark.parametrize(("how", "where"), [*TOUCHED, (pack_of_others, "attn1")])
 def test_what_others_put_into_modules_is_called(quantized, monkeypatch, how, where):
-    made, name = quantized(Recipe("int8")), "middle_block.1.transformer_blocks.0"
+    made, name = quantized(Recipe("int8", "max")), "middle_block.1.transformer_blocks.0"
     models = [load(made, fuse) for fuse in (False, True)]
     args, kwargs, before = calls(models[0], made.records[0])[name]
     results = []
@@ -312,7 +312,7 @@ def test_what_others_put_into_modules_is_called(quantized, monkeypatch, how, whe
 
 
 def test_gradients_go_the_ordinary_way(quantized):
-    made = quantized(Recipe("int8"))
+    made = quantized(Recipe("int8", "max"))
     models = [load(made, fuse) for fuse in (False, True)]
     seen = calls(models[0], made.records[0])
     for name, kind in (("middle_block.1.transformer_blocks.0", 3), ("middle_block.0", 4)):
@@ -330,7 +330,7 @@ def test_gradients_go_the_ordinary_way(quantized):
 
 def test_weights_brought_for_a_call_are_multiplied_one_by_one(quantized, monkeypatch):
     """ComfyUI has two buffers for offloaded weights: a third one's cast overwrites the first."""
-    made = quantized(Recipe("int8"))
+    made = quantized(Recipe("int8", "max"))
     backend, counts = counting(backends.REFERENCE)
     model = load(made, True, backend)
     block = blocks(model)["middle_block.1.transformer_blocks.0"]
@@ -390,7 +390,7 @@ def test_projections_that_are_linear_layers(recipe):
 
 def test_nothing_is_kept_between_calls(quantized):
     """The quantized context belongs to one UNet call: another one's is not taken for it."""
-    made = quantized(Recipe("int8"))
+    made = quantized(Recipe("int8", "max"))
     model = load(made, True)
     options: dict = {}
     unet = model.model.diffusion_model

@@ -15,7 +15,7 @@ from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import Recipe
 
 RECIPES = {
-    "int8": Recipe("int8"),
+    "int8": Recipe("int8", "max"),
     "int8-smooth": Recipe("int8", "smoothquant", 0.5),
     "fp8": Recipe("fp8"),
     "fp8-e5m2": Recipe("fp8_e5m2"),

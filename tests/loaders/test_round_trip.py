@@ -14,7 +14,7 @@ from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import Recipe
 
 RECIPES = [
-    Recipe("int8"),
+    Recipe("int8", "max"),
     Recipe("int8", "smoothquant", 0.5),
     Recipe("fp8", layers="linear only"),
     Recipe("fp8_e5m2"),

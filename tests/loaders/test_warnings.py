@@ -25,7 +25,7 @@ GPUS = {
 }
 OTHER_MAKER = "this pack's low-precision kernels need an NVIDIA GPU, this is "
 INT8_BOTH, INT8, FP8, INT4 = (
-    Recipe("int8"),
+    Recipe("int8", "max"),
     Recipe("int8", "max", layers="linear only"),
     Recipe("fp8", "max", layers="linear only"),
     Recipe("int4", "max", layers="linear only"),

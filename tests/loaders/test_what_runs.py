@@ -27,9 +27,9 @@ LINEAR, SMOOTHED = "linear only", "smoothed"
 # recipe, and how its Linears' activations are quantized where that is not the format's own way, or
 # SMOOTHED
 RECIPES = {
-    "int8": (Recipe("int8"), ""),
-    "int8-linear": (Recipe("int8", layers=LINEAR), ""),
-    "int8-static": (Recipe("int8"), STATIC),
+    "int8": (Recipe("int8", "max"), ""),
+    "int8-linear": (Recipe("int8", "max", layers=LINEAR), ""),
+    "int8-static": (Recipe("int8", "max"), STATIC),
     "int8-16-bits": (Recipe("int8", "max", activations=SIXTEEN), SIXTEEN),
     "fp8": (Recipe("fp8"), ""),
     "fp8-linear": (Recipe("fp8", layers=LINEAR), ""),

@@ -16,9 +16,9 @@ from comfyui_modelopt.quantize.layers import select, sharing
 from comfyui_modelopt.quantize.recipe import LayerPlan, Recipe
 
 RECIPES = {
-    "int8-max": Recipe("int8"),
+    "int8-max": Recipe("int8", "max"),
     "int8-smoothquant": Recipe("int8", "smoothquant", 0.5),
-    "int8-linear-only": Recipe("int8", layers="linear only"),
+    "int8-linear-only": Recipe("int8", "max", layers="linear only"),
     "fp8-max": Recipe("fp8", "max"),
     "fp8-mse": Recipe("fp8", "mse"),
     "fp8-per-token": Recipe("fp8", "max", activations="per token"),

@@ -25,7 +25,7 @@ from comfyui_modelopt.quantize.calibration import Calibration
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils.compare_report import compare_report, worst_layers
 
-INT8 = Recipe("int8")
+INT8 = Recipe("int8", "max")
 # a Linear and a convolution of the first, the middle and the last block
 DAMAGED = [
     "input_blocks.1.0.in_layers.2",

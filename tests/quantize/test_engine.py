@@ -20,7 +20,7 @@ from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils import sha256
 
-INT8 = Recipe("int8")
+INT8 = Recipe("int8", "max")
 SMOOTH = Recipe("int8", "smoothquant", 0.5)
 
 
@@ -142,7 +142,7 @@ def test_lora_patches_are_baked_in(sd15, patched, calibration):
 
 
 def test_linear_only_int8_needs_no_calibration(sd15):
-    made = engine.quantize_model(sd15[0], Recipe("int8", layers="linear only"))
+    made = engine.quantize_model(sd15[0], Recipe("int8", "max", layers="linear only"))
     engine.measure(made, loader.load(made.checkpoint))
     assert made.figures is None
     assert made.checkpoint.opens_in_stock
@@ -163,14 +163,14 @@ def test_calibration_of_another_architecture(sd15, calibration):
 
 
 def test_patterns_that_match_nothing(sd15, calibration):
-    recipe = Recipe("int8", skip=("*.no_such_layer",))
+    recipe = Recipe("int8", "max", skip=("*.no_such_layer",))
     with pytest.raises(ValueError, match=r"'\*.no_such_layer' matches none"):
         engine.quantize_model(sd15[0], recipe, calibration)
 
 
 def test_patterns_that_match_everything(sd15, calibration):
     with pytest.raises(ValueError, match="at least one layer must be left"):
-        engine.quantize_model(sd15[0], Recipe("int8", skip=("*",)), calibration)
+        engine.quantize_model(sd15[0], Recipe("int8", "max", skip=("*",)), calibration)
 
 
 def test_default_patterns_may_match_nothing(sd15):
@@ -204,7 +204,7 @@ def test_what_is_not_finite_is_named(name, value):
     state[name].view(-1)[5 % state[name].numel()] = value
     model = comfy.sd.load_diffusion_model_state_dict(state)
     with pytest.raises(ValueError, match=f"{name} holds NaN or infinity: .*get another copy"):
-        engine.quantize_model(model, Recipe("int8", layers="linear only"))
+        engine.quantize_model(model, Recipe("int8", "max", layers="linear only"))
 
 
 def test_sixteen_bits():
@@ -246,7 +246,7 @@ def test_models_of_several_classes_of_one_name_one_after_the_other(calibration):
         }
         return type("another_cast", (comfy.ops.manual_cast,), inner)
 
-    recipe = Recipe("int8", skip=("output_blocks.*", "middle_block.*", "out.*"))
+    recipe = Recipe("int8", "max", skip=("output_blocks.*", "middle_block.*", "out.*"))
     for choice in (comfy.ops.disable_weight_init, operations(), operations()):
         state = synthetic.unet_state_dict("sd15")
         options = {"dtype": torch.float16, "custom_operations": choice}

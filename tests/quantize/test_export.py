@@ -19,7 +19,7 @@ from .. import diffusers_unets as unets
 
 SEED = 7
 RECIPES = {
-    "int8": Recipe("int8"),
+    "int8": Recipe("int8", "max"),
     "int8-smoothquant": Recipe("int8", "smoothquant", 0.5),
     "int8-mse": Recipe("int8", "mse"),
     "fp8": Recipe("fp8"),
@@ -150,7 +150,7 @@ def test_a_file_is_never_overwritten(quantized, tmp_path):
     path = tmp_path / "x.pt"
     path.write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="never overwritten"):
-        written(quantized(Recipe("int8")).checkpoint, path)
+        written(quantized(Recipe("int8", "max")).checkpoint, path)
     assert path.read_bytes() == b"mine"
 
 

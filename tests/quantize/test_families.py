@@ -190,7 +190,7 @@ def test_a_family_without_a_list_asks_for_one(tmp_path, folders):
             engine.quantize_model(model, Recipe("fp8", skip=skip), calibration)
     assert all(entry.plain["frame_rate"] == 25 for entry in calibration)
     own = ("patchify_proj", "caption_projection.*", "adaln_single.*", "proj_out")
-    quantized = engine.quantize_model(model, Recipe("int8", skip=own), calibration)
+    quantized = engine.quantize_model(model, Recipe("int8", "max", skip=own), calibration)
     assert quantized.checkpoint.header["recipe"]["skip"] == list(own)
     ours = loader.load(quantized.checkpoint)
     engine.measure(quantized, ours)
@@ -216,14 +216,14 @@ def test_a_list_of_the_users_is_taken_as_it_is(folders):
 def test_a_wrong_pattern_is_refused_in_any_family(folders):
     model, calibration = made("flux", folders)
     with pytest.raises(ValueError, match="'input_blocks.9' matches none"):
-        engine.quantize_model(model, Recipe("int8", skip=("input_blocks.9",)), calibration)
+        engine.quantize_model(model, Recipe("int8", "max", skip=("input_blocks.9",)), calibration)
 
 
 def test_a_calibration_of_another_family_is_refused(folders):
     _, calibration = made("flux", folders)
     model, _ = made("wan", folders)
     with pytest.raises(ValueError, match="of the same architecture"):
-        engine.quantize_model(model, Recipe("int8"), calibration)
+        engine.quantize_model(model, Recipe("int8", "max"), calibration)
 
 
 NEEDS_ACTIVATIONS = {
@@ -288,23 +288,25 @@ def test_a_users_pattern_beside_the_default_list(folders):
     model, _ = made("flux", folders)
     own = "double_blocks.0.img_attn.*"
     found, notes = families.settle(
-        model.model.diffusion_model, Recipe("int8", skip=(*DEFAULT_SKIP, own))
+        model.model.diffusion_model, Recipe("int8", "max", skip=(*DEFAULT_SKIP, own))
     )
     assert found.skip == (*families.FLUX.skip, own)
     assert own in notes[0]
-    alone, notes = families.settle(model.model.diffusion_model, Recipe("int8", skip=(own,)))
+    alone, notes = families.settle(model.model.diffusion_model, Recipe("int8", "max", skip=(own,)))
     assert alone.skip == (own,)
     assert "final_layer.*" in notes[0] and "yours alone" in notes[0]
-    shorter, _ = families.settle(model.model.diffusion_model, Recipe("int8", skip=DEFAULT_SKIP[1:]))
+    shorter, _ = families.settle(
+        model.model.diffusion_model, Recipe("int8", "max", skip=DEFAULT_SKIP[1:])
+    )
     assert shorter.skip == families.FLUX.skip
 
 
 def test_a_family_without_a_list_takes_the_users_alone():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    found, _ = families.settle(model, Recipe("int8", skip=(*DEFAULT_SKIP, "0")))
+    found, _ = families.settle(model, Recipe("int8", "max", skip=(*DEFAULT_SKIP, "0")))
     assert found.skip == ("0",)
     with pytest.raises(ValueError, match=r"Sequential has none: write its first"):
-        families.settle(model, Recipe("int8"))
+        families.settle(model, Recipe("int8", "max"))
 
 
 def test_the_file_says_what_it_is(tmp_path, folders):

@@ -112,7 +112,7 @@ def test_damage_is_named(name):
 
 
 def test_layers_of_another_model(sd15, calibration):
-    other = Mixed((Recipe("int8"),), {"double_blocks.0.img_mlp.0": 0})
+    other = Mixed((Recipe("int8", "max"),), {"double_blocks.0.img_mlp.0": 0})
     with pytest.raises(ValueError, match="names 1 that this one has not, the first double_blocks"):
         engine.quantize_model(sd15[0], other, calibration)
 

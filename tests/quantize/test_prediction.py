@@ -35,11 +35,11 @@ RECIPES = [
 ] + [
     Recipe("fp8", "max", activations=PER_TOKEN, skip=FEW),
     Recipe("int8", "smoothquant", convolutions="percentile", percentile=0.5, skip=FEW),
-    Recipe("int8"),
+    Recipe("int8", "max"),
     Recipe("nvfp4"),
 ]
 WITHOUT = [
-    Recipe("int8", layers=LINEAR_ONLY, skip=FEW),
+    Recipe("int8", "max", layers=LINEAR_ONLY, skip=FEW),
     Recipe("fp8", "max", layers=LINEAR_ONLY, activations=PER_TOKEN, skip=FEW),
     Recipe("mxfp8", layers=LINEAR_ONLY, skip=FEW),
     Recipe("nvfp4", "max", layers=LINEAR_ONLY, skip=FEW),
@@ -146,7 +146,7 @@ def test_numbers_that_no_plan_can_know(checkpoints, short, tmp_path):
     model = comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.float32})
     lora = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
     model = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
-    recipe = Recipe("int8", skip=FEW)
+    recipe = Recipe("int8", "max", skip=FEW)
     expected = predicted(model, recipe, short)
     made = engine.quantize_model(model, recipe, short)
     kept = made.checkpoint.tensors
@@ -163,7 +163,7 @@ def test_numbers_that_no_plan_can_know(checkpoints, short, tmp_path):
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe("int8", skip=FEW),
+        Recipe("int8", "max", skip=FEW),
         Recipe("nvfp4", "max", layers=LINEAR_ONLY),
         Recipe("mxfp8", skip=FEW),
     ],
@@ -185,7 +185,7 @@ def test_beyond_unets(kind, tmp_path):
     model = comfy.sd.load_diffusion_model(str(path))
     given = [families.conditioning(kind, seed) for seed in (1, 2)]
     calls = record(model, *given, families.latent(kind))
-    for recipe in (Recipe("nvfp4", "max"), Recipe("int8")):
+    for recipe in (Recipe("nvfp4", "max"), Recipe("int8", "max")):
         expected = predicted(model, recipe, calls)
         made = engine.quantize_model(model, recipe, calls)
         folder = tmp_path / recipe.format
@@ -194,8 +194,8 @@ def test_beyond_unets(kind, tmp_path):
 
 
 MEASURED = [
-    Recipe("int8"),
-    Recipe("int8", layers=LINEAR_ONLY),
+    Recipe("int8", "max"),
+    Recipe("int8", "max", layers=LINEAR_ONLY),
     Recipe("int8", "smoothquant"),
     Recipe("int8", "mse", layers=LINEAR_ONLY),
     Recipe("fp8"),
@@ -217,7 +217,7 @@ MEASURED = [
 ]
 
 
-PATCHED = [Recipe("int8"), Recipe("nvfp4", "max", layers=LINEAR_ONLY)]
+PATCHED = [Recipe("int8", "max"), Recipe("nvfp4", "max", layers=LINEAR_ONLY)]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_memory_is_as_measured(recipe, lora, sd15, checkpoints, short):
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe("int8", skip=FEW),
+        Recipe("int8", "max", skip=FEW),
         Recipe("int4", "max", skip=FEW),
         Recipe("nvfp4", "awq_lite", skip=FEW),
         Recipe("int4", "awq_full", layers=LINEAR_ONLY, skip=FEW),

@@ -54,6 +54,13 @@ def test_every_layer_is_in_its_format(quantized, recipe):
     assert made.checkpoint.header["recipe"]["algorithm"] == recipe.algorithm
 
 
+def test_the_default_of_int8_opens_in_stock_where_the_choice_of_layers_promises_it():
+    assert Recipe("int8").algorithm == "smoothquant"
+    assert Recipe("int8", layers=LINEAR).algorithm == "max"
+    assert Recipe("int8", activations="16 bits").algorithm == "max"
+    assert Recipe("nvfp4", layers=LINEAR).algorithm == "awq_lite"  # smoothed, and stock knows it
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
 def test_opens_in_stock_where_stock_computes_the_same(quantized, recipe):
     stock = recipe.layers == LINEAR and FORMATS[recipe.format].STOCK
@@ -92,7 +99,7 @@ def test_what_a_layer_says_it_does_is_what_ran(quantized, recipe, monkeypatch):
         assert kernel.level == "weight-only" or kernel.why or kernel.level == "native"
 
 
-@pytest.mark.parametrize("recipe", [Recipe("int8"), Recipe("fp8"), Recipe("int4", "max")])
+@pytest.mark.parametrize("recipe", [Recipe("int8", "max"), Recipe("fp8"), Recipe("int4", "max")])
 def test_a_patch_that_waits_for_a_weight_changes_the_answer(quantized, recipe):
     """As ComfyUI puts a LoRA on a weight under --lowvram."""
     made = quantized(recipe)
@@ -301,7 +308,7 @@ def test_dead_activations_are_named(sd15, calibration):
     for part in ("weight", "bias"):  # the layer's input becomes SiLU(0) = 0
         model.add_patches({f"{norm}.{part}": ("set", (torch.zeros(part_size(sd15, norm, part)),))})
     with pytest.raises(ValueError, match=f"must not all be zero, they are in {name}: .*skip"):
-        engine.quantize_model(model, Recipe("int8"), calibration)
+        engine.quantize_model(model, Recipe("int8", "max"), calibration)
 
 
 def part_size(sd15, norm: str, part: str):
@@ -315,8 +322,8 @@ def test_out_of_memory_says_what_lowers_it(sd15, calibration, monkeypatch, quant
     with monkeypatch.context() as patch:
         patch.setattr(FORMATS["int8"], "quantize", fail)
         with pytest.raises(comfy.model_management.OOM_EXCEPTION, match="GB free.*--lowvram"):
-            engine.quantize_model(sd15[0], Recipe("int8"), calibration)
-    assert quantized(Recipe("int8")).checkpoint.layers  # the session goes on
+            engine.quantize_model(sd15[0], Recipe("int8", "max"), calibration)
+    assert quantized(Recipe("int8", "max")).checkpoint.layers  # the session goes on
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
@@ -326,7 +333,7 @@ def test_memory_of_the_cpu_that_runs_out_is_told(sd15, calibration, monkeypatch,
 
     monkeypatch.setattr(FORMATS["int8"], "quantize", fail)
     with pytest.raises(MemoryError, match="quantizing needs.*computer's memory.*swap space"):
-        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+        engine.quantize_model(sd15[0], Recipe("int8", "max"), calibration)
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyError])
@@ -340,14 +347,14 @@ def test_a_failure_in_modelopts_quantizers_is_modelopts(sd15, calibration, monke
     monkeypatch.setattr(TensorQuantizer, "forward", fail)
     wanted = f"ModelOpt .* failed with {kind.__name__}: .*inside.*choose another algorithm"
     with pytest.raises(ValueError, match=wanted) as caught:
-        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+        engine.quantize_model(sd15[0], Recipe("int8", "max"), calibration)
     assert len(str(caught.value)) < 600
 
 
 def test_a_configuration_that_modelopt_refuses_is_modelopts(sd15, calibration, monkeypatch):
     monkeypatch.setattr(modelopt, "PER_TENSOR", {"num_bits": 8, "strange": 1})
     with pytest.raises(ValueError, match="ModelOpt .* must be able to go on, it failed with"):
-        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+        engine.quantize_model(sd15[0], Recipe("int8", "max"), calibration)
 
 
 def test_a_modelopt_that_asks_for_the_calls_more_often_is_told(sd15, calibration, monkeypatch):
@@ -359,7 +366,7 @@ def test_a_modelopt_that_asks_for_the_calls_more_often_is_told(sd15, calibration
 
     monkeypatch.setattr(modelopt, "calibrate", twice)
     with pytest.raises(ValueError, match="calls 1 times here, .* asked once more: choose another"):
-        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+        engine.quantize_model(sd15[0], Recipe("int8", "max"), calibration)
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError])
@@ -379,7 +386,7 @@ def test_a_failure_of_the_unet_is_not_modelopts(sd15, calibration, monkeypatch, 
 
     monkeypatch.setattr(ResBlock, "forward", fail)
     with pytest.raises(kind) as caught:
-        engine.quantize_model(sd15[0], Recipe("int8"), calibration)
+        engine.quantize_model(sd15[0], Recipe("int8", "max"), calibration)
     assert caught.value is given
 
 
@@ -395,7 +402,7 @@ def test_a_lora_that_memory_does_not_suffice_for_is_not_left_out(
     model, _ = comfy.sd.load_lora_for_models(sd15[0], sd15[1], patches, 1.0, 1.0)
     monkeypatch.setattr(torch, "mm", fail)  # the LoRA's product
     with pytest.raises(torch.OutOfMemoryError, match="quantizing needs"):
-        engine.quantize_model(model, Recipe("int8"), calibration)
+        engine.quantize_model(model, Recipe("int8", "max"), calibration)
 
 
 def test_a_lora_that_fails_is_not_left_out(sd15, checkpoints, calibration, monkeypatch):
@@ -406,4 +413,4 @@ def test_a_lora_that_fails_is_not_left_out(sd15, checkpoints, calibration, monke
     model, _ = comfy.sd.load_lora_for_models(sd15[0], sd15[1], patches, 1.0, 1.0)
     monkeypatch.setattr(torch, "mm", fail)  # the LoRA's product
     with pytest.raises(ValueError, match="a LoRA must become part.*shapes cannot be multiplied"):
-        engine.quantize_model(model, Recipe("int8"), calibration)
+        engine.quantize_model(model, Recipe("int8", "max"), calibration)

@@ -74,6 +74,14 @@ def test_warnings(gpu, form, more, words):
     assert words in " ".join(plan_report.warnings(facts(gpu, form, **more)))
 
 
+def test_a_linear_only_file_that_smoothing_keeps_from_stock_says_so():
+    said = "With max it would open there."
+    text = plan_report.text(facts(ADA, "int8", "smoothquant", opens_in_stock=False))
+    assert f"stock ComfyUI has no such layers and refuses the file. {said}" in text
+    assert said not in plan_report.text(facts(ADA, "int8"))
+    assert said not in plan_report.text(facts(ADA, "int4", opens_in_stock=False))
+
+
 def test_what_is_not_known_is_said():
     text = plan_report.text(
         facts(ADA, "fp8", records=0, running=None, seconds=None, to_quantize=None, missing=True)

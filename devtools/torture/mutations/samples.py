@@ -131,7 +131,7 @@ def _whole(folder: Path) -> None:
 
     model = comfy.sd.load_diffusion_model_state_dict(unet_state_dict("sd15"))
     for name, recipe in {
-        "stock": Recipe("int8", layers="linear only"),
+        "stock": Recipe("int8", "max", layers="linear only"),
         "packed": Recipe("int4", "max"),
         "blocks": Recipe("mxfp8"),
     }.items():
