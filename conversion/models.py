@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from ..formats.files import HEADER
 from ..quantize.bridge.unet import quantized_parameter
-from ..utils import out_of_memory
+from ..utils import float8, out_of_memory
 from ..utils.text import brief
 from ..utils.unreadable import found, holds_code, raise_unless_damage
 from .options import Lora, UsageError
@@ -64,20 +64,21 @@ def load(file: Path, with_clip: bool):
 
 
 def _check(file: Path) -> None:
-    """Raises ValueError for what is no whole file of weights, or is a file of ours, of whose layers
-    ComfyUI knows nothing.
+    """Raises ValueError for what is no whole file of weights, or quantized: a file of ours, of whose
+    layers ComfyUI knows nothing, or a UNet in float8, which ComfyUI may widen.
 
     A file of torch.save is read whole, and by ComfyUI again: what reading raises can be of any kind,
     and must not be taken for an error of the code.
     """
-    ours, weights = False, True
+    quantized, weights = False, True
     with _while_reading(file, "a checkpoint"):
-        if file.suffix.lower() in (".safetensors", ".sft"):
+        if file.suffix.lower() in float8.SUFFIXES:
             with safe_open(file, framework="pt") as opened:
-                ours = HEADER in (opened.metadata() or {})
+                quantized = HEADER in (opened.metadata() or {})
+            quantized = quantized or float8.weight_of(file) is not None
         else:
             weights = _are_weights(comfy.utils.load_torch_file(str(file)))
-    if ours:
+    if quantized:
         raise _quantized(file)
     if not weights:
         raise _unknown(file)

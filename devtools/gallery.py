@@ -51,8 +51,8 @@ NOTES = {
 2. **Calibration from Prompts**: put in prompts as you use them, one a line, and the size that you
 generate at. It samples them once and records what the UNet sees.
 3. **Quantize UNet**: `format` decides size and speed; the coloured word on the node says how your
-GPU runs it. `linear + conv` makes the smallest file, `linear only` with `fp8`, `int8`, `mxfp8` or
-`nvfp4` one that opens without this pack (the report says so). Another format? Change
+GPU runs it. `linear + conv` makes the smallest file, `linear only` with `fp8`, `int8` and `max`,
+`mxfp8` or `nvfp4` one that opens without this pack (the report says so). Another format? Change
 `filename_prefix` with it.
 4. **Run**. The report on the node says what it cost. The file lies in `models/diffusion_models`.
 

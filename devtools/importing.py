@@ -12,7 +12,7 @@ from .demo import free_name
 def check(source: Path, out: Path | None) -> None:
     """Raises UserError for what is wrong with the arguments."""
     if not source.exists():
-        raise UserError(f"there is no {source}")
+        raise UserError(f"{source}: there is no such file")
     if out is not None and out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, got {out}")
 

@@ -81,6 +81,7 @@ def differing(device: torch.device, kind: str, rows: int = 48) -> list[str]:
 
     inner = max(hopper.LEAST_INNER, library.LEAST)
     x, gain, bias = normal(rows, 64).half(), normal(64).half(), normal(64).half()
+    smoothing = torch.linspace(0.5, 2, 64, device=device)
     image = normal(2, 64, 6, 6).half().contiguous(memory_format=torch.channels_last)
     step = torch.tensor(0.02, device=device)
     columns = torch.rand(64, 1, generator=generator).to(device) * 0.01 if kind == "int8" else step
@@ -91,6 +92,9 @@ def differing(device: torch.device, kind: str, rows: int = 48) -> list[str]:
         ("quantize_rows", (x, kind)),
         ("layer_norm_quantize", (x, gain, bias, 1e-5, kind, step)),
         ("group_norm_quantize", (image, 32, gain, bias, 1e-5, True, kind, step)),
+        ("quantize_rows", (x, kind, None, smoothing)),
+        ("layer_norm_quantize", (x, gain, bias, 1e-5, kind, None, smoothing)),
+        ("group_norm_quantize", (image, 32, gain, bias, 1e-5, False, kind, None, smoothing)),
         ("geglu_quantize", (x, kind, step)),
         ("scaled_mm", (a, b, step, columns, bias, x)),
         ("scaled_mm", (a, b, step, columns, bias)),  # a library's, where library.py takes it

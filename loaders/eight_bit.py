@@ -43,20 +43,21 @@ def handed_over(name: str, layer: Layer, alike: bool = False) -> bool:
 
 
 def smoothed_alike(checkpoint: QuantizedCheckpoint) -> set[str]:
-    """Names of the smoothed layers that have the smoothing of the others of their input. Of tensors on
+    """Names of the layers of SHARED whose whole group is smoothed, each as the others. Of tensors on
     the meta device what `quantize.pack` will make: SmoothQuant's are alike, AWQ's are not."""
     groups: dict[str, list[str]] = {}
     for name, layer in checkpoint.layers.items():
         if layer.smoothed and any(fnmatchcase(name, pattern) for pattern in SHARED):
             groups.setdefault(name[:-1], []).append(name)
     found: set[str] = set()
-    for names in groups.values():
+    for group, names in groups.items():
         first, *others = (checkpoint.tensors[f"{name}.pre_quant_scale"] for name in names)
         if first.is_meta:
             alike = all(checkpoint.layers[name].format == "int8" for name in names)
         else:
             alike = all(torch.equal(first, other) for other in others)
-        found |= set(names) if alike else set()
+        if alike and len(names) == (3 if group.endswith("attn1.to_") else 2):
+            found |= set(names)
     return found
 
 

@@ -217,11 +217,12 @@ def _several(
 
 
 def _context(block, context: torch.Tensor, options: dict) -> Sequence[torch.Tensor]:
-    """Keys and values of a context. It is quantized once a UNet call where all blocks' scales agree."""
+    """Keys and values of a context. It is quantized once a UNet call where all blocks' scales agree
+    and nothing smooths it."""
     layers = (block.attn2.to_k, block.attn2.to_v)
     if not (block.context_shared and all(_fusable(layer) for layer in layers)):
         return [layer(context) for layer in layers]
-    if torch.compiler.is_compiling():
+    if block.context_smoothed or torch.compiler.is_compiling():
         q, scale = _quantized_context(layers[0], context)
         return _products(layers, q, scale, context.dtype)
     kept = options.get(CONTEXT)
@@ -257,8 +258,8 @@ class FusedTransformerBlock(BasicTransformerBlock):
         )
         self.context_group = _group((two.to_k, two.to_v))
         self.context_shared = self.context_group is not None
-        if self.context_shared and two.to_k.weight._params.pre_quant_scale is not None:
-            self.context_group = (*self.context_group, two.to_k)  # smoothed for this block
+        smoothing = two.to_k.weight._params.pre_quant_scale if self.context_shared else None
+        self.context_smoothed = smoothing is not None  # for this block alone
 
     def forward(self, x, context=None, transformer_options={}):  # noqa: B006  ComfyUI's signature
         if context is None or self._patched(transformer_options) or not self._stock_inside():

@@ -48,15 +48,14 @@ def sizes(model, recipe, calibration=None) -> Sizes:
 
 
 def others(model, recipe: Recipe | Mixed, calibration) -> dict[str, int]:
-    """Format -> bytes of the file, with the same layers (all, for a mix) and the format's default
-    algorithm; formats that a layer's shape does not fit are left out."""
-    chosen = {}
-    if isinstance(recipe, Recipe):
-        chosen = {"layers": recipe.layers, "skip": recipe.skip}
+    """Format -> bytes of the file, with the same layers and the format's default algorithm; formats
+    that a layer's shape does not fit are left out, and all of them beside a mix."""
+    if isinstance(recipe, Mixed):
+        return {}
     found = {}
     for name in FORMATS:
         try:
-            other = Recipe(name, **chosen)
+            other = Recipe(name, layers=recipe.layers, skip=recipe.skip)
             found[name] = sizes(model, other, calibration).file
         except ValueError:
             continue

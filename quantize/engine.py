@@ -12,7 +12,7 @@ import torch
 
 from ..formats import FORMATS
 from ..formats.checkpoint import QuantizedCheckpoint
-from ..utils import out_of_memory, sha256
+from ..utils import float8, out_of_memory, sha256
 from ..utils.finite import all_finite
 from ..utils.progress import detail, progress
 from . import families, modelopt, pack, percentile, quality, whose
@@ -156,6 +156,11 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
     header = described(model, recipe, calibration, bridge)
     if file is not None:
         header["source"] = {"name": file.name, "sha256": sha256.of(file, step)}
+        if (name := float8.weight_of(file)) is not None:
+            notes.append(
+                f"{file.name} holds its UNet in float8 ({name}): it was rounded to 8 bits before, and "
+                "the figures are against that. Quantize the 16-bit original."
+            )
     checkpoint = QuantizedCheckpoint(tensors, table, header)
     seconds = time.monotonic() - started
     return Quantized(checkpoint, chosen, references, bytes_before, seconds, step, notes)

@@ -46,18 +46,21 @@ def pack(
 
 
 def _beside(unet: torch.nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, torch.Tensor]:
-    """Layers that SmoothQuant smooths -> what `modelopt.smooth` takes of the others that have the same
-    input: smoothed alike, they can be fused (loaders/fused.py)."""
+    """Layers that SmoothQuant smooths -> what `modelopt.smooth` takes of the others of their input.
+    Smoothed alike, all of them can be fused (loaders/fused.py); where one is left out, has another
+    algorithm or alpha, or was given another input, each stands alone."""
     found = {}
-    for group in sharing(plans):
-        smoothed = [name for name in group if plans[name].algorithm == SMOOTHQUANT]
-        modules = [unet.get_submodule(name) for name in smoothed]
-        inputs = [module.input_quantizer.amax for module in modules]
-        one_input = all(torch.equal(inputs[0], amax) for amax in inputs[1:])
-        if len(smoothed) < 2 or not one_input or len({plans[n].alpha for n in smoothed}) > 1:
+    for group in sharing(name for name, _ in unet.named_modules()):
+        chosen = [plans.get(name) for name in group]
+        if len(group) < 2 or not all(one and one.algorithm == SMOOTHQUANT for one in chosen):
+            continue
+        modules = [unet.get_submodule(name) for name in group]
+        first, *others = (module.input_quantizer.amax for module in modules)
+        one_input = all(torch.equal(first, amax) for amax in others)
+        if not one_input or len({one.alpha for one in chosen}) > 1:
             continue
         columns = [module._parameters["weight"].data.abs().amax(0) for module in modules]
-        for index, name in enumerate(smoothed):
+        for index, name in enumerate(group):
             found[name] = torch.stack(columns[:index] + columns[index + 1 :])
     return found
 

@@ -6,7 +6,7 @@ ALGORITHMS = {
     "max": "max: scales from the largest values seen.",
     "mse": "mse: weight scales of least squared error.",
     "percentile": "percentile: max, but convolutions clip their activations to what the steps share.",
-    "smoothquant": "smoothquant: moves outliers of the activations into the weights first.",
+    "smoothquant": "smoothquant: moves outliers of the activations into the weights first; not for stock ComfyUI.",
     "awq_lite": "awq_lite: searches a scale for every input channel, so that those that matter "
     "are rounded less.",
     "awq_full": "awq_full: awq_lite, and a search for where to clip each block. Slow.",

@@ -191,9 +191,7 @@ def _advice_lines(facts: Facts) -> list[str]:
     sizes = sorted(facts.others.items(), key=lambda item: item[1])
     listed = ", ".join(f"{name} {megabytes(size)}" for name, size in sizes)
     goals = capability.recommend(facts.gpu).items()
-    mixed = facts.recipe.get("format") == "mixed"
-    layers = "With linear + conv, one format" if mixed else "With these layers"
     return [
-        f"{layers}: {listed} (each format's default algorithm)",
+        *([f"With these layers: {listed} (each format's default algorithm)"] if sizes else []),
         *(f"For the {goal}: {name} ({reason})" for goal, (name, reason) in goals),
     ]

@@ -21,8 +21,8 @@ NAME = "Conversions"
 # of the full campaign: checkpoints, and kills on the way
 FILES, KILLS = 10, 3
 # convolutions as well as Linear layers in the middle, calibrated: seconds a file
-RECIPE = ["--format", "int8", "--skip", "input_blocks.[0-9].*", "--skip", "output_blocks.*",
-          "--skip", "out.2", "--skip", "time_embed.*", "--skip", "*.emb_layers.*"]  # fmt: skip
+RECIPE = ["--format", "int8", "--algorithm", "max", "--skip", "input_blocks.[0-9].*", "--skip",
+          "output_blocks.*", "--skip", "out.2", "--skip", "time_embed.*", "--skip", "*.emb_layers.*"]  # fmt: skip
 # of a file, at which a process is killed
 STEPS = ("Loading", "Calibrating", "Packing", "Saving")
 LONGEST = 900.0  # seconds for a process, on a slow machine

@@ -38,7 +38,11 @@ def widgets_of(server, node_id: str) -> set[str]:
     given = server.object_info(node_id)["input"]
     inputs = given.get("required", {}) | given.get("optional", {})
     plain = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
-    return {name for name, (kind, *_) in inputs.items() if isinstance(kind, list) or kind in plain}
+    return {
+        name
+        for name, (kind, *more) in inputs.items()
+        if (isinstance(kind, list) or kind in plain) and not (more and more[0].get("forceInput"))
+    }
 
 
 @pytest.mark.parametrize("node_id", SCHEMAS)

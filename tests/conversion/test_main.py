@@ -37,7 +37,13 @@ from safetensors.torch import load_file
 
 # few layers, for speed
 SKIP = ("input_blocks.*", "output_blocks.*", "out.2", "time_embed.*", "*.emb_layers.*")
-FLAGS = ["--format", "int8", *(x for pattern in SKIP for x in ("--skip", pattern))]
+FLAGS = [
+    "--format",
+    "int8",
+    "--algorithm",
+    "max",
+    *(x for pattern in SKIP for x in ("--skip", pattern)),
+]
 NAME = "sd15_int8-max.safetensors"
 
 
@@ -394,6 +400,18 @@ def test_a_quantized_file_is_not_quantized_again(made, source, recording, conver
         error = row[file.name]["error"]
         assert "must be in 16 or 32 bits" in error and "is already quantized" in error
         assert str(file) in error
+
+
+def test_a_checkpoint_in_float8_is_not_quantized_again(source, recording, convert, tmp_path):
+    """Plain, without anybody's marks: ComfyUI widens it on a CPU."""
+    unet, path = "model.diffusion_model.", tmp_path / "fp8.safetensors"
+    held = load_file(source)
+    for name, tensor in held.items():
+        if name.startswith(unet) and tensor.ndim > 1:
+            held[name] = tensor.to(torch.float8_e5m2)
+    files.save_safetensors(held, path, {})
+    row = convert(path, "--calibration", recording, "--out", tmp_path / "out", status=1)
+    assert f"{path} is already quantized: name the original" in row[path.name]["error"]
 
 
 def test_a_quantized_text_encoder_is_no_quantized_file(source, tmp_path):

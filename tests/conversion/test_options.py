@@ -87,6 +87,14 @@ def test_every_recipe_has_a_name_of_its_own(order, name):
     assert all(text.startswith(f"a_{name}-") for text in seen)
 
 
+def test_the_default_of_int8_is_for_stock_with_linear_only(order):
+    linear = ("--format", "int8", "--layers", "linear only")
+    assert order("--format", "int8").recipe == Recipe("int8", "smoothquant")
+    assert order(*linear).recipe == Recipe("int8", "max", layers="linear only")
+    with pytest.raises(UsageError, match="got it with the algorithm max"):
+        order(*linear, "--alpha", "0.5")
+
+
 def test_prompts_are_sampled_only_where_recordings_are_needed(order):
     for name, needed in (("mxfp8", True), ("int4", True), ("fp8", True)):
         assert bool(order("--format", name).prompts) == needed, name

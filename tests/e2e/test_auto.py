@@ -79,7 +79,7 @@ def test_plan_tells_a_mix_before_it_is_made(server, done):
     assert (
         said.startswith("Plan: mixed for 9 bits a weight: ") and f"\nFile: {size:,} bytes" in said
     )
-    assert "\nWith linear + conv, one format: " in said
+    assert "\nWith these layers: " not in said and "\nFor the best picture: " in said
     graph.nodes[text]["inputs"]["value"] = "{}"
     error = server.run(graph.nodes, timeout=TIMEOUT).error["exception_message"]
     assert "the recipe that is connected is not: take the text or file that Auto Quantize" in error

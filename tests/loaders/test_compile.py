@@ -75,7 +75,7 @@ def test_graphs_for_a_gpu(form, way):
 
 def test_compiled_blocks_give_the_same(quantized, pytorch_attention):
     """As the compiler sees them (aot_eager): graphs run operator by operator."""
-    made = quantized(Recipe("int8", "max"))
+    made = quantized(Recipe("int8"))
     model = load(made, backend=backends.REFERENCE)
     unet = model.model.diffusion_model
 
@@ -106,7 +106,7 @@ def test_compiled_blocks_give_the_same(quantized, pytorch_attention):
 @pytest.mark.slow
 def test_the_load_nodes_option(quantized, pytorch_attention, tmp_path, caplog):
     """With Inductor, on this device; the time of the first call is told."""
-    made = quantized(Recipe("int8", "max"))
+    made = quantized(Recipe("int8"))
     path = str(tmp_path / "unet.safetensors")
     files.write(made.checkpoint, path)
     plain, model = loader.load_file(path), loader.load_file(path, compiled=True)

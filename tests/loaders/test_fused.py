@@ -176,7 +176,7 @@ def test_static_scales_are_shared_by_what_shares_an_input(quantized):
         assert two.to_k.input_key == two.to_v.input_key
 
 
-@pytest.mark.parametrize("recipe", [Recipe("int8", "max"), Recipe("fp8")], ids=name_of)
+@pytest.mark.parametrize("recipe", [Recipe("int8", "max"), SMOOTH, Recipe("fp8")], ids=name_of)
 def test_a_lora_turns_its_own_layers_back(quantized, checkpoints, recipe):
     made = quantized(recipe)
     lora = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
@@ -254,7 +254,7 @@ def ordinary_transformers(there) -> list[str]:
     return [name for name, block in there.items() if isinstance(block, fused.FusedTransformerBlock)]
 
 
-@pytest.mark.parametrize("recipe", [Recipe("int8", "max"), Recipe("fp8")], ids=name_of)
+@pytest.mark.parametrize("recipe", [Recipe("int8", "max"), SMOOTH, Recipe("fp8")], ids=name_of)
 def test_triton_gives_what_the_reference_gives(quantized, recipe):
     """One block of each kind through Triton (its interpreter, where there is no GPU)."""
     made = quantized(recipe)
@@ -388,9 +388,10 @@ def test_projections_that_are_linear_layers(recipe):
     assert counts["group_norm_quantize"] == 2 * resblocks + found
 
 
-def test_nothing_is_kept_between_calls(quantized):
+@pytest.mark.parametrize("recipe", [Recipe("int8", "max"), SMOOTH], ids=name_of)
+def test_nothing_is_kept_between_calls(quantized, recipe):
     """The quantized context belongs to one UNet call: another one's is not taken for it."""
-    made = quantized(Recipe("int8", "max"))
+    made = quantized(recipe)
     model = load(made, True)
     options: dict = {}
     unet = model.model.diffusion_model

@@ -60,7 +60,7 @@ def counted(monkeypatch):
 
 @pytest.fixture
 def made(quantized):
-    return quantized(Recipe("int8", "max"))
+    return quantized(Recipe("int8"))
 
 
 @pytest.fixture

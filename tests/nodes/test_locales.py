@@ -289,6 +289,8 @@ def test_a_message_that_nobody_raises_is_found():
 OF_OTHERS = {
     "Could not acquire lock on database",
     "Error while deserializing header",
+    "Failed to convert an input value",
+    "File name too long",
     "IMPORT FAILED",
     "Inserted … quantizers",
     "KeyError",
@@ -296,15 +298,19 @@ OF_OTHERS = {
     "Node 2.0 only",
     "Port 8188 is already in use",
     "Required input is missing",
+    "Return type mismatch between linked nodes",
+    "SyntaxError",
     "Torch not compiled with CUDA enabled",
     "Value not in list",
     "Value … bigger than max of …",
     "Value … smaller than min of …",
     "Weights only load failed",
     "You need pytorch with cu130 or higher",
+    "does not contain a valid clip or text encoder model",
     "invalid choice",
     "invalid int value",
     "not allowed with argument",
+    "not found. The custom node may not be installed",
     "the following arguments are required",
     "transformers … is not tested with current version of modelopt",
 }
@@ -321,7 +327,7 @@ COMPOSED = {
     "needs the UNet (… GB) and room for its calls … ran out",
     "pictures need positive, negative, latent_image",
     "the computer's memory has … GB free and ran out",
-    "the file must lie in ComfyUI's diffusion_models folder … The workflow's file was made by: …",
+    "the file must lie in ComfyUI's diffusion_models folder",
     "the file must lie in ComfyUI's modelopt_calibration folder",
 }
 

@@ -19,6 +19,7 @@ from comfyui_modelopt.quantize import layers as layer_choice
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils import sha256
+from safetensors.torch import load_file, save_file
 
 INT8 = Recipe("int8", "max")
 SMOOTH = Recipe("int8", "smoothquant", 0.5)
@@ -184,6 +185,26 @@ def test_already_quantized(sd15, calibration):
     made = engine.quantize_model(sd15[0], INT8, calibration)
     with pytest.raises(ValueError, match="already quantized"):
         engine.quantize_model(loader.load(made.checkpoint), INT8, calibration)
+
+
+def test_a_file_that_was_in_float8_is_told(checkpoints, tmp_path):
+    """ComfyUI widens it on a CPU, and nothing of the MODEL says so."""
+    tensors = load_file(checkpoints / "sd15.safetensors")
+    prefix = "model.diffusion_model."
+    narrow = {
+        name: t.to(torch.float8_e4m3fn) if name.startswith(prefix) and t.ndim > 1 else t
+        for name, t in tensors.items()
+    }
+    said = {}
+    for name, held in (("narrow", narrow), ("plain", tensors)):
+        path = tmp_path / f"{name}.safetensors"
+        save_file(held, path)
+        model, *_ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False)
+        assert model.model.diffusion_model.dtype.itemsize >= 2
+        few = Recipe("int8", layers="linear only", skip=("input_blocks.*", "output_blocks.*"))
+        said[name] = "\n".join(engine.quantize_model(model, few).notes)
+    assert f"narrow.safetensors holds its UNet in float8 ({prefix}" in said["narrow"]
+    assert "float8" not in said["plain"]
 
 
 @pytest.mark.parametrize(

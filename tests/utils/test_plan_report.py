@@ -80,6 +80,9 @@ def test_a_linear_only_file_that_smoothing_keeps_from_stock_says_so():
     assert f"stock ComfyUI has no such layers and refuses the file. {said}" in text
     assert said not in plan_report.text(facts(ADA, "int8"))
     assert said not in plan_report.text(facts(ADA, "int4", opens_in_stock=False))
+    recipe = {"format": "int8", "algorithm": "smoothquant", "layers": "linear + conv"}
+    more = facts(ADA, "int8", recipe=recipe, opens_in_stock=False)
+    assert said not in plan_report.text(more)
 
 
 def test_what_is_not_known_is_said():
