@@ -16,7 +16,8 @@ def weight_of(file: Path) -> str | None:
     header alone; files of other kinds than safetensors are not looked into."""
     if file.suffix.lower() not in SUFFIXES:
         return None
-    with safe_open(file, framework="pt") as opened:
+    # not as torch's: that maps the whole file as a tensor
+    with safe_open(file, framework="np") as opened:
         names = list(opened.keys())
         parts = [name for name in names if name.startswith(UNET)] or names
         for name in parts:

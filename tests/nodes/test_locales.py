@@ -313,6 +313,7 @@ OF_OTHERS = {
     "not found. The custom node may not be installed",
     "the following arguments are required",
     "transformers … is not tested with current version of modelopt",
+    "unrecognized arguments",
 }
 # and what is put together of several strings
 COMPOSED = {
