@@ -49,10 +49,6 @@ def set_format(workflow: dict[str, Any], server: ComfyServer, key: str) -> None:
         del inputs[name]
     inputs["format"] = key
     inputs.update(option_defaults(schema[1]["options"], key, "format"))
-    if key == "int8" and inputs.get("layers") == "linear only":  # for stock ComfyUI, as convert.py
-        inputs["format.algorithm"] = "max"
-        for name in [name for name in inputs if name.startswith("format.algorithm.")]:
-            del inputs[name]
 
 
 def option_defaults(options: list[dict[str, Any]], key: str, prefix: str) -> dict[str, Any]:
