@@ -24,7 +24,11 @@ PASSES_ON = ("test", "check", "serve")
 FAST = "not slow and not e2e and not gpu"
 # not `python -m pytest`: that puts this folder first on sys.path, where our `nodes` and `utils`
 # would hide ComfyUI's
-PYTEST = "import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())"
+PYTEST = (
+    # ended by SIGTERM, as by Ctrl-C: fixtures stop their servers
+    "import signal, sys; signal.signal(signal.SIGTERM, signal.default_int_handler); "
+    "del sys.path[0]; import pytest; sys.exit(pytest.main())"
+)
 
 
 def run(
@@ -97,9 +101,12 @@ def cmd_precompile(env: Environment, args: argparse.Namespace, extra: list[str])
 
 def make(env: Environment, module: str, more: Mapping[str, str] | None = None) -> int:
     """What a module of devtools makes of the tree, in the venv."""
-    code = f"from devtools import {module}; sys.exit({module}.main())"
-    # last on sys.path: `nodes` and `utils` must stay ComfyUI's
-    code = f"import sys; sys.path.append({str(ROOT)!r}); del sys.path[0]; {code}"
+    # last on sys.path: `nodes` and `utils` must stay ComfyUI's. Ended by SIGTERM, it stops its server
+    code = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+        f"sys.path.append({str(ROOT)!r}); del sys.path[0]; "
+        f"from devtools import {module}; sys.exit({module}.main())"
+    )
     return run([env.python, "-c", code], env, more=more)
 
 

@@ -27,8 +27,9 @@ FILES = {
     "checkpoint_name": "modelopt/checkpoints",
 }
 NOTE = (420, 17)  # width of a note, height of its lines, pixels
-# what nodes grow by once they have run, pixels: the report, the bars of the blocks, Compare's chart
-REPORT, BARS, CHART, LINES = 320, 110, 600, 130
+# what nodes grow by once they have run, pixels: the report, the bars of the blocks, Compare's chart, the
+# page's own picture
+REPORT, BARS, CHART, LINES, PICTURE = 320, 110, 600, 130, 250
 ROOM = {
     "ModelOptAutoQuantize": REPORT + BARS,
     "ModelOptCalibrationPrompts": LINES,
@@ -41,8 +42,12 @@ ROOM = {
     "ModelOptRecordCalibration": LINES,
     "ModelOptSaveCalibration": LINES,
     "ModelOptSaveUNet": LINES,
+    "PreviewImage": PICTURE,
+    "SaveImage": PICTURE,
 }
-WIDE = 460  # pixels across of a node with a report
+# pixels across of nodes with a report, and of others in one renderer or the other
+WIDE = {node_id: 460 for node_id in ROOM if node_id.startswith("ModelOpt")}
+NARROW = 260
 
 NOTES = {
     "quantize_sd15": """# Quantize SD1.5
@@ -185,7 +190,7 @@ BOX = """() => {
   };
 }"""
 # columns from left to right; a column that gets too high goes on in another one
-LAY_OUT = """([depths, note, width, line, room, reporting]) => {
+LAY_OUT = """([depths, note, width, line, room, wider, narrow]) => {
   const GAP = 130, ACROSS = 80, MOST = 1500, columns = [];
   for (const node of app.graph.nodes) {
     const at = depths[node.id];
@@ -197,10 +202,8 @@ LAY_OUT = """([depths, note, width, line, room, reporting]) => {
     for (const node of column) {
       if (y && y + node.size[1] > MOST) { x += wide + ACROSS; y = wide = 0; }
       node.pos = [x, y];
-      const more = room[node.comfyClass] ?? 0;
-      y += node.size[1] + more + GAP;
-      // nodes of the other renderer are wider
-      wide = Math.max(wide, node.size[0], more ? reporting : 260);
+      y += node.size[1] + (room[node.comfyClass] ?? 0) + GAP;
+      wide = Math.max(wide, node.size[0], wider[node.comfyClass] ?? narrow);
     }
     x += wide + ACROSS;
   }
@@ -222,7 +225,7 @@ def make(page: Page, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     page.load(given)
     width, line = NOTE
     note = "\n".join(_joined(NOTES[name]))
-    page.run(LAY_OUT, [depths(given), note, width, line, ROOM, WIDE])
+    page.run(LAY_OUT, [depths(given), note, width, line, ROOM, WIDE, NARROW])
     page.settle(900)
     prompt = page.prompt()
     asked, shown = sorted(given), sorted(prompt)

@@ -12,15 +12,14 @@ import torch
 
 from ..formats import FORMATS
 from ..formats.checkpoint import Layer, QuantizedCheckpoint
+from ..formats.groups import sharing, with_its_input
 from ..kernels.backends import Backend
 from ..kernels.producers import DTYPES
 from ..utils.capability import PRODUCTS
 
 KINDS = PRODUCTS
 NHWC = torch.channels_last
-# modules whose input a fused block has in 8 bits already. One quantized input for several layers:
-SHARED = ("*.attn1.to_[qkv]", "*.attn2.to_[kv]")
-# the input of one layer
+# modules whose input a fused block has in 8 bits already, beside those that share one
 ALONE = ("*.attn2.to_q", "*.ff.net.0.proj", "*.proj_in", "*.in_layers.2", "*.out_layers.3")
 # the same where its scale is known before it is computed
 STATIC = ("*.ff.net.2",)
@@ -34,29 +33,28 @@ def handed_over(name: str, layer: Layer, alike: bool = False) -> bool:
     """
     if layer.format not in KINDS or layer.rank:
         return False
+    if len(with_its_input(name)) > 1:
+        return alike or not layer.smoothed
     patterns = ALONE
-    if alike or not layer.smoothed:
-        patterns += SHARED
     if layer.static and not layer.smoothed:
         patterns += STATIC
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def smoothed_alike(checkpoint: QuantizedCheckpoint) -> set[str]:
-    """Names of the layers of SHARED whose whole group is smoothed, each as the others. Of tensors on
-    the meta device what `quantize.pack` will make: SmoothQuant's are alike, AWQ's are not."""
-    groups: dict[str, list[str]] = {}
-    for name, layer in checkpoint.layers.items():
-        if layer.smoothed and any(fnmatchcase(name, pattern) for pattern in SHARED):
-            groups.setdefault(name[:-1], []).append(name)
+    """Names of the layers that share an input and whose whole group is smoothed, each as the others. Of
+    tensors on the meta device what `quantize.pack` will make: SmoothQuant's are alike, AWQ's are not."""
+    smoothed = [name for name, layer in checkpoint.layers.items() if layer.smoothed]
     found: set[str] = set()
-    for group, names in groups.items():
+    for names in sharing(smoothed):
+        if len(names) == 1 or len(names) < len(with_its_input(names[0])):
+            continue
         first, *others = (checkpoint.tensors[f"{name}.pre_quant_scale"] for name in names)
         if first.is_meta:
             alike = all(checkpoint.layers[name].format == "int8" for name in names)
         else:
             alike = all(torch.equal(first, other) for other in others)
-        if alike and len(names) == (3 if group.endswith("attn1.to_") else 2):
+        if alike:
             found |= set(names)
     return found
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -22,18 +21,6 @@ DEFAULT_SKIP = (
     "*.emb_layers.*",
     "*.skip_connection",
 )
-# layers that have one input, and that a fused kernel runs at once: the self-attention's q, k and v, and
-# the cross-attention's k and v
-SHARED = (re.compile(r"(.*\.attn1)\.to_[qkv]"), re.compile(r"(.*\.attn2)\.to_[kv]"))
-
-
-def sharing(names: Iterable[str]) -> list[list[str]]:
-    """The layers in groups that have one input, most of them alone, in the order of `names`."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        match = next((m for pattern in SHARED if (m := pattern.fullmatch(name))), None)
-        groups.setdefault(f"{match[1]}.*" if match else name, []).append(name)
-    return list(groups.values())
 
 
 def parse_patterns(text: str) -> list[str]:

@@ -8,8 +8,8 @@ import torch
 
 from ..formats import FORMATS, blocks
 from ..formats.checkpoint import SIXTEEN_BITS, Layer
+from ..formats.groups import sharing
 from . import modelopt
-from .layers import sharing
 from .recipe import AWQ, AWQ_FULL, SMOOTHQUANT, SVDQUANT, LayerPlan
 
 

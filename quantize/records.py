@@ -186,6 +186,8 @@ def _plain(value: Any, where: str) -> Any:
     found = type(value).__name__
     if isinstance(value, dict):
         found = "a dict whose keys are not all text"
+    elif isinstance(value, torch.Tensor):
+        found = "a tensor among other values"
     raise ValueError(
         f"a recorded call takes tensors, lists of tensors and plain values, got {found} in {where}: "
         "this model cannot be recorded in this graph"

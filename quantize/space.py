@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import files
+from ..formats.groups import sharing
 from . import assign, engine, prediction
-from .layers import sharing
 from .mixed import Mixed
 from .recipe import LayerPlan, Recipe
 

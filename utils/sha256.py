@@ -52,7 +52,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"the file that a model is loaded from must be readable, for its hash, got {error} in "
+            f"the file that a model is loaded from must be readable, for its hash, got "
+            f"{error.strerror or error} in "
             f"{path}: check the disk, or get the file again"
         ) from error
 

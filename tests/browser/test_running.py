@@ -225,6 +225,34 @@ def test_compare_shows_its_report_and_a_chart_that_can_be_read(page, server):
     assert before + 400 < after <= before + gallery.ROOM["ModelOptCompare"] + 250
 
 
+def test_shipped_workflows_leave_room_for_the_pages_own_pictures(page):
+    """SaveImage and PreviewImage grow once they have a picture, also one that is higher than wide."""
+    page.load(
+        {
+            "1": {
+                "class_type": "EmptyImage",
+                "inputs": {"width": 512, "height": 768, "batch_size": 1, "color": 255},
+            },
+            "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+            "3": {
+                "class_type": "SaveImage",
+                "inputs": {"images": ["1", 0], "filename_prefix": "room"},
+            },
+        }
+    )
+    page.settle(1200)
+    heights = """() => Object.fromEntries(
+      app.graph.nodes.map((node) => [node.comfyClass, node.size[1]]))"""
+    before = page.run(heights)
+    press_run(page)
+    for name in ("PreviewImage", "SaveImage"):
+        page.wait_for("(name) => app.graph.nodes.find((n) => n.comfyClass === name).imgs", name)
+    page.settle(1500)
+    after = page.run(heights)
+    for name in ("PreviewImage", "SaveImage"):
+        assert 150 < after[name] - before[name] <= gallery.ROOM[name]
+
+
 def test_cancel_leaves_nothing_and_the_next_run_works(page, server):
     before = saved(server)
     prompt, quantize = open_small(page, server)

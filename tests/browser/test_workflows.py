@@ -34,7 +34,7 @@ OVERLAPS = """([room, wide]) => {
   const found = [], nodes = app.graph.nodes, TITLE = 30;
   const box = (n) => {
     const more = room[n.comfyClass] ?? 0;
-    const across = Math.max(n.size[0], more ? wide : 0);
+    const across = Math.max(n.size[0], wide[n.comfyClass] ?? 0);
     return [n.pos[0], n.pos[1] - TITLE, n.pos[0] + across, n.pos[1] + n.size[1] + more];
   };
   for (const [i, one] of nodes.entries())

@@ -8,11 +8,12 @@ import comfy.model_management
 import pytest
 import torch
 from comfyui_modelopt.formats import FORMATS
+from comfyui_modelopt.formats.groups import sharing
 from comfyui_modelopt.loaders import dispatch
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, modelopt, quality
 from comfyui_modelopt.quantize.bridge import unet as bridge
-from comfyui_modelopt.quantize.layers import select, sharing
+from comfyui_modelopt.quantize.layers import select
 from comfyui_modelopt.quantize.recipe import LayerPlan, Recipe
 
 RECIPES = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfyui_modelopt.formats.groups import sharing
 from comfyui_modelopt.loaders.eight_bit import smoothed_alike
 from comfyui_modelopt.quantize import engine, modelopt, pack
-from comfyui_modelopt.quantize.layers import select, sharing
+from comfyui_modelopt.quantize.layers import select
 from comfyui_modelopt.quantize.mixed import Mixed
 from comfyui_modelopt.quantize.recipe import LayerPlan, Recipe
 
