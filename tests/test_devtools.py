@@ -522,3 +522,65 @@ def test_precompile_without_a_gpu_fails_and_says_why():
     )
     assert done.returncode == 1
     assert "CUDA is not available" in done.stderr and "could not be built" in done.stderr
+
+
+# --- what dev.py starts, ended by SIGTERM ---
+
+STUB = """
+import sys, time, types
+
+def main():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("tidied up", flush=True)
+
+sys.modules["devtools"] = types.SimpleNamespace(stub=types.SimpleNamespace(main=main))
+"""
+FIXTURE = """
+import time
+
+import pytest
+
+
+@pytest.fixture
+def server():
+    yield
+    print("tidied up", flush=True)
+
+
+def test_long(server):
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+
+
+def ended(command: list[str], cwd: Path) -> str:
+    """What a process prints that gets a SIGTERM once it has begun."""
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True) as process:
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if "begun" in line:
+                break
+        process.terminate()
+        return printed + process.stdout.read()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without a signal")
+@pytest.mark.parametrize("what", ["make", "test"])
+def test_sigterm_lets_what_dev_py_started_tidy_up(what, tmp_path, monkeypatch):
+    """A server of `dev.py pictures`, of `dev.py workflows` and of fixtures does not outlive them."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import dev; "
+        "dev.run = lambda command, *_, **__: print(command[2]); "
+        "env = dev.Environment(sys.executable, sys.argv[1]); "
+        "dev.make(env, 'stub') if sys.argv[2] == 'make' else dev.pytest(env, [])"
+    )
+    asked = [sys.executable, "-c", code, str(ROOT), what]
+    started = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "test_ended.py").write_text(FIXTURE)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    command = [sys.executable, "-c", (STUB if what == "make" else "") + started, "-s"]
+    assert ended(command, tmp_path).rstrip().count("tidied up") == 1
