@@ -12,11 +12,16 @@ import torch
 
 from ..formats.checkpoint import Layer
 from ..utils import out_of_memory
+from ..utils.compare_report import OTHER_WEIGHTS, POINTWISE
 from ..utils.progress import detail, progress
 from . import local, pictures
 from .engine import CALL
 from .pictures import Settings
 from .quality import Energy, outputs, pick
+
+# SQNR in dB of weights in 16 bits: below it they are others, not the same ones rounded (bf16 has 50)
+SAME = 40.0
+NAMED = 6  # modules in a sentence
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Step:
 @dataclass(frozen=True)
 class LayerResult:
     """A layer by itself, on the original's inputs. layer: what the file says of it, or the words of
-    another pack's format. weights: how many numbers its weight has."""
+    another pack's format, or OTHER_WEIGHTS. kind: "linear", "conv2d" or POINTWISE. weights: how many
+    numbers its weight has."""
 
     name: str
     layer: Layer | str
@@ -70,13 +76,15 @@ class Compared:
         return sum(step.calls for step in self.steps)
 
     def figures(self) -> dict:
-        """JSON-able; None stands for an infinite SQNR or PSNR."""
+        """JSON-able; None stands for an infinite SQNR or PSNR, or for one of NaN: such layers are
+        named in "lost"."""
         return {
             "sqnr_db": _plain(self.energy.db),
             "worst_sqnr_db": _plain(self.worst.energy.db),
             "records": self.calls,
             "timesteps": [[s.timestep, s.sigma, _plain(s.energy.db)] for s in self.steps],
             "layers": {one.name: _plain(one.energy.db) for one in self.layers},
+            "lost": [one.name for one in self.layers if one.energy.db == -math.inf],
             "psnr_db": [_plain(psnr) for psnr, _ in self.likeness],
             "ssim": [_plain(ssim) for _, ssim in self.likeness],
         }
@@ -107,6 +115,8 @@ def compare(
     _check_pair(sampling.signature(reference), sampling.signature(quantized))
     calibration.check_matches(sampling.signature(reference))
     records = list(calibration)
+    others = _other_weights(reference, quantized, layers)
+    layers = {**layers, **{name: OTHER_WEIGHTS for name, kind in others.items() if kind}}
     names, left_out = _common(reference, quantized, layers)
     calls = 2 * (len(records) + (settings.steps if settings else 0))
     step = progress(CALL * calls + len(names))
@@ -129,7 +139,7 @@ def compare(
                 heard = listener.listening()
             with heard:
                 wanted += outputs(unet, [record], device, dtype, one_call)
-        latents = [_sampled(sampling, reference, settings, one_call)] if settings else []
+        latents = [_sampled(sampling, reference, settings, step)] if settings else []
 
         unet, device, dtype = bridge.load(quantized, records)
         detail(f"The quantized model: {len(records)} UNet calls")
@@ -141,10 +151,11 @@ def compare(
             if name not in left_out:
                 samples, module = listener.samples.pop(name), unet.get_submodule(name)
                 energy = sum((one.compare(module, device, dtype) for one in samples), Energy())
-                kind, weights = local.kind(original), math.prod(original.weight.shape)
-                results.append(LayerResult(name, layers[name], kind, weights, energy))
+                shape = original.weight.shape
+                kind = POINTWISE if tuple(shape[2:]) == (1, 1) else local.kind(original)
+                results.append(LayerResult(name, layers[name], kind, math.prod(shape), energy))
             step()
-        latents += [_sampled(sampling, quantized, settings, one_call)] if settings else []
+        latents += [_sampled(sampling, quantized, settings, step)] if settings else []
     each = [Energy.of(a, b) for a, b in zip(wanted, found, strict=True)]
     steps, worst = _by_timestep(records, each, lambda time: sampling.sigma(reference, time))
     made = Compared(steps, worst, results, sampled, left_out, settings=settings)
@@ -153,6 +164,8 @@ def compare(
             "The reference MODEL is quantized itself: figures are against it, not against the "
             "original in 16 bits."
         )
+    if others:
+        made.notes.append(_other_words(list(others)))
     for which, results in (("reference", wanted), ("quantized", found)):
         if broken := sum(not bool(torch.isfinite(one).all()) for one in results):
             made.notes.append(
@@ -190,7 +203,59 @@ def _common(reference, quantized, layers: Mapping) -> tuple[list[str], dict[str,
     return [name for name in ours if name in layers and name not in left_out], left_out
 
 
-def _sampled(sampling, model, settings: Settings, one_call: Callable) -> dict:
+def _other_weights(reference, quantized, layers: Mapping) -> dict[str, str | None]:
+    """Modules that are not quantized and have other weights than the reference's -> `local.kind`.
+    What carries patches (LoRA) in either is left out, as those are part of what is compared."""
+    theirs = dict(quantized.model.diffusion_model.named_modules())
+    found = {}
+    for name, module in reference.model.diffusion_model.named_modules():
+        if name in layers or name not in theirs:
+            continue
+        for part, ours in module.named_parameters(recurse=False):
+            other = theirs[name]._parameters.get(part)
+            key = f"diffusion_model.{name}.{part}"
+            if other is None or key in reference.patches or key in quantized.patches:
+                continue
+            if not _same(ours.detach(), other.detach()):
+                found[name] = local.kind(module)
+    return found
+
+
+def _same(ours: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether weights are the same ones, or rounded to another 16 bits. Those of other packs' classes,
+    or without values here, cannot be told."""
+    plain = type(ours) is type(other) is torch.Tensor and not (ours.is_meta or other.is_meta)
+    if not plain or ours.shape != other.shape:
+        return True
+    if ours.dtype == other.dtype and ours.device == other.device and torch.equal(ours, other):
+        return True
+    return Energy.of(ours.cpu(), other.cpu()).db >= SAME
+
+
+def _other_words(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
+    return (
+        f"Not quantized, but with other weights than the reference's: {shown}. The quantized MODEL was "
+        "made from another model, or is damaged there."
+    )
+
+
+def _sampled(sampling, model, settings: Settings, step: Callable[[int], None]) -> dict:
+    """What KSampler makes. A sampler may call the UNet more or less often than `steps` says: the bar
+    moves by that many calls."""
+    left = settings.steps
+
+    def one_call(*_) -> None:
+        nonlocal left
+        step(CALL if left > 0 else 0)
+        left -= 1
+
+    made = _ksampler(sampling, model, settings, one_call)
+    step(CALL * max(left, 0))
+    return made
+
+
+def _ksampler(sampling, model, settings: Settings, one_call: Callable) -> dict:
     return sampling.sample(
         model,
         settings.seed,

@@ -27,16 +27,16 @@ class Settings:
 
 
 def likeness(reference: torch.Tensor, other: torch.Tensor) -> list[tuple[float, float]]:
-    """PSNR in dB and SSIM of each of two batches of pictures [N, H, W, C], values from 0 to 1."""
+    """PSNR in dB and SSIM of each of two batches of pictures [N, H, W, C], values from 0 to 1. SSIM is
+    the mean over all windows that lie within the picture."""
     from kornia import metrics
 
     found = []
     for pair in zip(reference, other, strict=True):
         a, b = (one.detach().cpu().double().movedim(-1, 0)[None].clamp(0, 1) for one in pair)
-        window = min(
-            WINDOW, 2 * min(a.shape[-2:]) - 1
-        )  # it looks less than a picture over the edge
-        alike = metrics.ssim(a, b, window, eps=0.0).mean().item()
+        small = min(a.shape[-2:])
+        window = min(WINDOW, small - 1 + small % 2)  # odd, and no larger than the picture
+        alike = metrics.ssim(a, b, window, eps=0.0, padding="valid").mean().item()
         found.append((metrics.psnr(a, b, 1.0).item(), alike))
     return found
 

@@ -6,21 +6,28 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from .report import KINDS
+from . import report
 
 TIMES = 6  # lines of the table by timestep
 WORST = 8  # layers named
 APART = 6.0  # dB under the median of its kind: twice the noise of an ordinary layer
+FEW = 4  # layers of a kind from which a median says what is ordinary
 FOUR_BITS = ("nvfp4", "int4", "w4a8")
+# dB of an ordinary layer by its bits, where there are too few to tell
+ORDINARY = {4: 18.0, 8: 28.0, 16: 50.0}
+POINTWISE = "conv2d 1x1"  # on its own: nearer to a Linear than to a convolution over neighbours
+KINDS = report.KINDS | {POINTWISE: "1x1 convolution"}
+SIXTEEN = "16 bits"  # of a layer's activations
+OTHER_WEIGHTS = "16 bits, other weights"  # of a layer that is not quantized
 
 
 def decibels(value: float) -> str:
-    """A ratio in dB as text."""
+    """A ratio in dB as text. "lost": NaN, infinity, or no signal at all."""
     if math.isnan(value):
         return "not a number"
     if value == math.inf:
         return "exact"
-    return "no signal left" if value == -math.inf else f"{value:.1f} dB"
+    return "lost" if value == -math.inf else f"{value:.1f} dB"
 
 
 def counted(count: int, what: str) -> str:
@@ -50,29 +57,49 @@ def layer_words(layer: object) -> str:
 
 def advice(layer: object, kind: str) -> str:
     """What to do about a layer that is damaged."""
+    if layer == OTHER_WEIGHTS:
+        return "quantize the reference's own MODEL"
     if isinstance(layer, str):
         return "skip it"
     if layer.format in FOUR_BITS:
         return "give it 8 bits, or skip it"
+    if layer.activations == SIXTEEN:  # nothing in 8 bits is nearer
+        return "skip it"
     if layer.format == "fp8" and kind == "linear" and not layer.activations:
         return "fp8 per token, or skip it"
     if layer.format == "int8" and kind == "linear" and not layer.smoothed:
         return "smoothquant, or skip it"
-    if layer.format == "int8" and kind == "conv2d":
+    if layer.format == "int8" and kind != "linear":
         return "fp8, or skip it"
     return "skip it"
 
 
+def ordinary(one, middle: dict) -> float:
+    """dB of an ordinary layer of its kind and format. middle: of `medians`."""
+    median, count = middle[one.kind, layer_words(one.layer)]
+    if count >= FEW and one.layer != OTHER_WEIGHTS and math.isfinite(median):
+        return median
+    if one.layer == OTHER_WEIGHTS:
+        return ORDINARY[16]
+    return ORDINARY[4 if getattr(one.layer, "format", None) in FOUR_BITS else 8]
+
+
 def stands_out(one, middle: dict) -> bool:
-    """Whether a layer is far below the others of its kind and format. middle: of `medians`."""
-    return one.energy.db < middle[one.kind, layer_words(one.layer)][0] - APART
+    """Whether a layer is far below an ordinary one of its kind and format."""
+    return one.energy.db < ordinary(one, middle) - APART
 
 
 def worst_layers(layers: Sequence) -> list:
-    """WORST layers: those that stand out, then those with most noise for their signal, each the worst
-    first. A damaged layer of 8 bits is still nearer to the original than a sound one of 4."""
+    """At most WORST layers: those that stand out, the furthest below an ordinary one first, then those
+    with most noise for their signal. A damaged layer of 8 bits is still nearer to the original than a
+    sound one of 4. None that is exact."""
     middle = medians(layers)
-    return sorted(layers, key=lambda one: (not stands_out(one, middle), one.energy.db))[:WORST]
+
+    def rank(one) -> tuple[bool, float]:
+        out = stands_out(one, middle)
+        return not out, one.energy.db - (ordinary(one, middle) if out else 0.0)
+
+    return sorted((one for one in layers if one.energy.db < math.inf), key=rank)[:WORST]
 
 
 def compare_report(found) -> str:
@@ -145,37 +172,55 @@ def _layer_lines(found) -> list[str]:
         return ["Layers: the quantized MODEL has no quantized layer to compare.", *left]
     calls, positions = found.sampled
     middle = medians(layers)
+    own = [one for one in layers if one.layer != OTHER_WEIGHTS]
     lines = [
-        f"{counted(len(layers), 'quantized layer')}, each by itself on the original's input (up to "
+        f"{counted(len(own), 'quantized layer')}, each by itself on the original's input (up to "
         f"{positions} positions of {counted(calls, 'call')}):",
         *(
             f"  {counted(count, KINDS[kind] + ' layer')} in {words}: median {decibels(db)}"
             for (kind, words), (db, count) in middle.items()
         ),
-        "Those that stand out, then those with most noise:"
-        if any(stands_out(one, middle) for one in layers)
-        else "Those with most noise:",
     ]
     worst = worst_layers(layers)
+    if not worst:
+        return [*lines, "All of them are exact.", *left]
+    out = [one for one in worst if stands_out(one, middle)]
+    lines.append(
+        "Those that stand out, then those with most noise:" if out else "Those with most noise:"
+    )
     for number, one in enumerate(worst, start=1):
         lines.append(
             f"  {number}. {decibels(one.energy.db)}  {one.name} ({layer_words(one.layer)})"
-            + (f": stands out; {advice(one.layer, one.kind)}" if stands_out(one, middle) else "")
+            + (f": stands out; {advice(one.layer, one.kind)}" if one in out else "")
         )
-    share = sum(one.weights for one in worst) / sum(one.weights for one in layers)
-    how = sorted({advice(one.layer, one.kind) for one in worst})
-    lines += [
-        *left,
-        f"What to do: {'; '.join(how)}. Lines to add to `skip` of Quantize, which leave these "
-        f"{len(worst)} in 16 bits ({share:.1%} of the quantized weights):",
-        *(one.name for one in worst),
+    if any(one.energy.db == -math.inf for one in worst):
+        lines.append("  lost: it gives NaN, infinity or nothing")
+    return [*lines, *left, *_what_to_do(worst, out, own)]
+
+
+def _what_to_do(worst: Sequence, out: Sequence, own: Sequence) -> list[str]:
+    """own: all quantized layers, the only ones that `skip` is about."""
+    named = [one for one in worst if one.layer != OTHER_WEIGHTS]
+    if not named:
+        return []
+    share = sum(one.weights for one in named) / sum(one.weights for one in own)
+    how = sorted({advice(one.layer, one.kind) for one in out or named})
+    first = "What to do" if out else "No layer stands out. If the whole is not near enough"
+    return [
+        f"{first}: {'; '.join(how)}. Lines to add to `skip` of Quantize, which leave these "
+        f"{len(named)} in 16 bits ({share:.1%} of the quantized weights):",
+        *(one.name for one in named),
     ]
-    return lines
 
 
 def medians(layers: Sequence) -> dict[tuple[str, str], tuple[float, int]]:
-    """(kind, format in words) -> median SQNR in dB and number of layers."""
+    """(kind, format in words) -> median SQNR in dB of those that have one, and number of layers."""
     groups: dict[tuple[str, str], list[float]] = {}
     for one in layers:
         groups.setdefault((one.kind, layer_words(one.layer)), []).append(one.energy.db)
-    return {key: (statistics.median(found), len(found)) for key, found in sorted(groups.items())}
+    return {key: (_median(found), len(found)) for key, found in sorted(groups.items())}
+
+
+def _median(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else max(values)

@@ -262,4 +262,4 @@ def decode(vae: Any, latent: dict[str, Any]) -> torch.Tensor:
 
 def sigma(model: Any, timestep: float) -> float:
     """The noise level that a MODEL's UNet is told as `timestep`."""
-    return float(model.model.model_sampling.sigma(torch.tensor([timestep])))
+    return float(model.get_model_object("model_sampling").sigma(torch.tensor([timestep])))
