@@ -8,6 +8,7 @@ from ..loaders import dispatch
 from ..loaders import unet as loader
 from ..quantize import auto, candidates, mixed
 from ..quantize.layers import parse_patterns
+from ..quantize.recipe import Recipe
 from ..utils import auto_report, progress
 from .planning import sizes
 from .quantize_and_load import loaded_and_told, quantize_and_load
@@ -40,11 +41,12 @@ def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, sk
         progress.tell(planned.line())
         quantized, report, figures = quantize_and_load(model, recipe, calibration, planned)
         return quantized, report, mixed.write(recipe), figures
+    goal = goal_of(target)
     found = auto.auto_quantize(
         model,
         calibration,
         allowed,
-        goal_of(target),
+        goal,
         layers,
         tuple(parse_patterns(skip)),
         low_precision,
@@ -53,15 +55,17 @@ def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, sk
     planned = sizes(model, found.recipe, calibration)
     quantized, report, figures = loaded_and_told(found.made, found.recipe, planned)
     uniform = [(candidates.words(recipe), size, sqnr) for recipe, size, sqnr in found.uniform]
+    taken = found.made.checkpoint.layers
     text = auto_report.text(
-        found.recipe.describe(),
+        goal.describe(),
+        _by_choice(found.recipe, taken),
         planned.file,
         found.predicted,
         found.measured,
         uniform,
-        sorted(set(found.all_layers) - set(found.recipe.assignment)),
+        [name for name in found.all_layers if name not in taken],
         found.notes,
-        sum(layer.weight_only for layer in found.made.checkpoint.layers.values()),
+        sum(layer.weight_only for layer in taken.values()),
     )
     figures |= {
         "predicted_sqnr_db": auto_report.plain(found.predicted),
@@ -69,3 +73,13 @@ def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, sk
         "uniform": [[name, size, auto_report.plain(sqnr)] for name, size, sqnr in uniform],
     }
     return quantized, f"{text[0]}\n{report}\n{text[1]}", mixed.write(found.recipe), figures
+
+
+def _by_choice(recipe: Recipe | mixed.Mixed, taken) -> dict[str, list[str]]:
+    """Recipe in words -> the layers that it quantized."""
+    if isinstance(recipe, Recipe):
+        return {candidates.words(recipe): list(taken)}
+    found: dict[str, list[str]] = {candidates.words(one): [] for one in recipe.choices}
+    for name, index in recipe.assignment.items():
+        found[candidates.words(recipe.choices[index])].append(name)
+    return found

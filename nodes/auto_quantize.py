@@ -20,6 +20,7 @@ def _target() -> io.Input:
         min=1.0,
         max=1e6,
         step=1.0,
+        round=0.000001,
         tooltip="The file is at most this large, in MB (a million bytes).",
     )
     bits = io.Float.Input(

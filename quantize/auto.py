@@ -48,7 +48,7 @@ class Auto:
     """
 
     made: engine.Quantized
-    recipe: Mixed
+    recipe: Recipe | Mixed
     predicted: float
     measured: float
     uniform: list[tuple[Recipe, int, float]]
@@ -86,8 +86,7 @@ def auto_quantize(
     names, recipes = candidates.candidates(model, formats, layers, skip)
     ahead = tell
     if sized := candidates.unmeasured(model, names, recipes):  # before all the work
-        space = Space(model, names, sized, sixteen)
-        search = _Search(model, calibration, space, goal, [], load, tell)
+        search = _search(model, calibration, Space(model, names, sized, sixteen), goal, load, tell)
         search.check()
         within_reach = search.within_reach()
 
@@ -95,12 +94,10 @@ def auto_quantize(
             tell(f"{within_reach}\n{text}")
 
     measured = candidates.measure(model, calibration, names, recipes, load, ahead)
-    space = Space(model, names, measured, sixteen)
-    sizes = [space.file_size(space.uniform(i, goal), calibration) for i in range(len(measured))]
-    search = _Search(model, calibration, space, goal, sizes, load, tell)
+    search = _search(model, calibration, Space(model, names, measured, sixteen), goal, load, tell)
     found = search.for_quality() if goal.kind == QUALITY else search.for_budget()
     found.uniform = [
-        (one.recipe, size, one.sqnr) for one, size in zip(measured, sizes, strict=True)
+        (one.recipe, size, one.sqnr) for one, size in zip(measured, search.sizes, strict=True)
     ]
     found.all_layers = list(names)
     if silent := [name for name in names if not any(name in one.costs for one in measured)]:
@@ -108,6 +105,13 @@ def auto_quantize(
             f"Kept in 16 bits, as none of the calls looked at reaches them: {', '.join(silent)}."
         )
     return found
+
+
+def _search(model, calibration, space: Space, goal: Goal, load: Callable, tell) -> _Search:
+    sizes = [
+        space.file_size(space.uniform(i, goal), calibration) for i in range(len(space.measured))
+    ]
+    return _Search(model, calibration, space, goal, sizes, load, tell)
 
 
 @dataclass
@@ -122,8 +126,8 @@ class _Search:
     load: Callable
     tell: Callable[[str], None]
 
-    def quantize(self, recipe: Mixed, predicted: float) -> Auto:
-        """By a mixed recipe, measured in low-precision arithmetic."""
+    def quantize(self, recipe: Recipe | Mixed, predicted: float) -> Auto:
+        """By a recipe, measured in low-precision arithmetic."""
         from .bridge import unet as bridge
 
         size = self.space.file_size(recipe, self.calibration)
@@ -149,48 +153,51 @@ class _Search:
         return found
 
     def for_budget(self) -> Auto:
-        """The choice of least noise; one recipe alone where it fits and measured better."""
+        """The choice of least noise; one recipe alone where it fits and measured better, or where no
+        mix fits."""
         space, goal = self.space, self.goal
+        self.check()  # again: layers that no call reaches stay in 16 bits
         if goal.kind == BITS:
-            found = self.mix(self.within_bits())
+            chosen = self.within_bits()
             fits = [i for i in range(len(self.sizes)) if space.bits(i) <= goal.value]
         else:
-            found = self.mix(self.within_size())
+            chosen = self.within_size()
             fits = [i for i, size in enumerate(self.sizes) if size <= goal.value]
         best = max(fits, key=lambda i: space.measured[i].sqnr, default=None)
+        if chosen is None:
+            return self.uniform(best, "a mix would be larger, as its file names each layer")
+        found = self.mix(chosen)
         if best is None or space.measured[best].sqnr <= found.measured:
             return found
         return self.uniform(best, f"the mix measured {found.measured:.2f} dB")
 
     def check(self) -> None:
-        """Raises ValueError where the smallest mix is over the budget. That follows from shapes."""
+        """Raises ValueError where the smallest file is over the budget. That follows from shapes."""
         space, goal = self.space, self.goal
         if goal.kind == BITS:
             least = 8 * assign.total(space.options, space.smallest()).size / space.weights
             if least > goal.value:
                 raise ValueError(
                     f"{goal.value:g} bits a weight cannot be reached, the allowed formats need "
-                    f"{least:.3f} or more: raise it or allow a smaller format"
+                    f"{math.ceil(least * 1000) / 1000:.3f} or more: raise it or allow a smaller format"
                 )
         if goal.kind == SIZE:
-            least, _ = self.beside(space.smallest())
+            least = self.least()
             if least > goal.value:
                 raise ValueError(
-                    f"a file of {goal.value / 1e6:.2f} MB cannot be reached, the allowed formats need "
-                    f"{least / 1e6:.2f} MB or more: raise it or allow a smaller format"
+                    f"a file of {goal.value:,.0f} bytes cannot be reached, the allowed formats need "
+                    f"{least:,} or more: raise it or allow a smaller format"
                 )
+
+    def least(self) -> int:
+        """Bytes of the smallest file."""
+        return min(self.beside(self.space.smallest())[0], *self.sizes)
 
     def within_reach(self) -> str:
         """What can be reached, from shapes alone, as a sentence."""
-        space = self.space
-        least, _ = self.beside(space.smallest())
-        alone = [
-            space.file_size(space.uniform(i, self.goal), self.calibration)
-            for i in range(len(space.measured))
-        ]
         return (
-            f"Files from {megabytes(least)} can be made; one recipe for all layers gives "
-            f"{megabytes(min(alone))} to {megabytes(max(alone))}"
+            f"Files from {megabytes(self.least())} can be made; one recipe for all layers gives "
+            f"{megabytes(min(self.sizes))} to {megabytes(max(self.sizes))}"
         )
 
     def beside(self, chosen: list[int]) -> tuple[int, float]:
@@ -200,15 +207,16 @@ class _Search:
 
     def within_bits(self) -> list[int]:
         space, goal = self.space, self.goal
-        self.check()  # again: layers that no call reaches stay in 16 bits
         chosen = assign.least_noise(space.options, goal.value * space.weights / 8)
         return space.smallest() if chosen is None else chosen
 
-    def within_size(self) -> list[int]:
+    def within_size(self) -> list[int] | None:
+        """None where the smallest mix is over the size, which one recipe alone may be within."""
         space, goal = self.space, self.goal
-        self.check()
         smallest = space.smallest()
-        _, rest = self.beside(smallest)
+        least, rest = self.beside(smallest)
+        if least > goal.value:
+            return None
         allowed = goal.value - rest
         while (chosen := assign.least_noise(space.options, allowed)) is not None:
             size, _ = self.beside(chosen)
@@ -222,14 +230,18 @@ class _Search:
         recipe alone where it does and is smaller."""
         space, goal = self.space, self.goal
         correction, best, size = 0.0, None, math.inf
-        tried: list[str] = []
+        seen: dict[tuple[int, ...], float] = {}
         for _ in range(ROUNDS):
             noise = space.signal * 10 ** (-(goal.value + correction) / 10)
             chosen = assign.least_size(space.options, noise)
             if chosen is None:
                 break
+            if not space.quantizes(chosen):  # predicted noise is too high where little is quantized
+                chosen = space.gentlest(chosen)
+            if tuple(chosen) in seen:
+                break
             found = self.mix(chosen)
-            tried.append(f"{found.measured:.2f} dB")
+            seen[tuple(chosen)] = found.measured
             met = found.measured >= goal.value
             if met and (own := files.size(found.made.checkpoint)) < size:
                 best, size = found, own
@@ -243,7 +255,8 @@ class _Search:
         if best is None:
             raise ValueError(
                 f"an SQNR of {goal.value:g} dB was not reached with the allowed formats (measured: "
-                f"{', '.join(tried) or 'none, no mix is predicted to'}): lower it, or allow formats "
+                f"{', '.join(f'{one:.2f} dB' for one in seen.values()) or 'none, no mix is predicted to'}"
+                "): lower it, or allow formats "
                 "of more bits"
             )
         return best

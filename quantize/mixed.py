@@ -1,17 +1,18 @@
-"""A mixed recipe: which of several recipes quantizes each layer. As JSON it goes to another machine."""
+"""A mixed recipe: which of several recipes quantizes each layer. As JSON it goes to another machine, as
+does one recipe for all layers, where Auto Quantize finds no mix that is better."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from ..utils.text import brief_repr, read_json
-from .layers import kind_of
+from .layers import MODES, kind_of
 from .recipe import AWQ, AWQ_FULL, LayerPlan, Recipe, plan
 
 FORMAT_VERSION = 1
@@ -67,13 +68,13 @@ def _described(choice: Recipe) -> dict[str, Any]:
     return {name: x for name, x in choice.describe().items() if name not in OF_ALL_LAYERS}
 
 
-def write(recipe: Mixed) -> str:
+def write(recipe: Recipe | Mixed) -> str:
     """The recipe as JSON text."""
     head = {"kind": KIND, "format_version": FORMAT_VERSION}
     return json.dumps(head | recipe.describe(), indent=1) + "\n"
 
 
-def read(text: str, where: str = "the recipe") -> Mixed:
+def read(text: str, where: str = "the recipe") -> Recipe | Mixed:
     """JSON text of `write` -> the recipe. Raises ValueError for anything else."""
     if not text.strip():
         raise ValueError(f"a recipe must be JSON, {where} is empty: {REMEDY}")
@@ -89,6 +90,8 @@ def read(text: str, where: str = "the recipe") -> Mixed:
             f"this pack reads recipes of format version {FORMAT_VERSION}, {where} has {brief_repr(version)}: "
             "update the pack, or make the recipe again"
         )
+    if given.get("format", "mixed") != "mixed":
+        return _whole(given, where)
     choices = given.get("choices")
     if not isinstance(choices, list):
         _fail("choices must be a list", choices, where)
@@ -108,6 +111,18 @@ def _named(where: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{where} breaks a rule of recipes: {error}") from error
+
+
+def _whole(given: Mapping[str, Any], where: str) -> Recipe:
+    """One recipe for all layers."""
+    layers, skip = given.get("layers"), given.get("skip")
+    if layers not in MODES:
+        _fail(f"layers must be {' or '.join(MODES)}", layers, where)
+    if not isinstance(skip, list) or not all(isinstance(one, str) for one in skip):
+        _fail("skip must be a list of patterns of layer names", skip, where)
+    beside = ("kind", "format_version", *OF_ALL_LAYERS)
+    choice = _choice({name: x for name, x in given.items() if name not in beside}, where)
+    return replace(choice, layers=layers, skip=tuple(skip))
 
 
 def _choice(given: Any, where: str) -> Recipe:

@@ -10,6 +10,7 @@ import torch
 
 from ..formats import FORMATS, get
 from ..formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC, Layer
+from ..formats.groups import sharing
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
@@ -202,12 +203,22 @@ def plan(
 ) -> tuple[dict[str, LayerPlan], list[str]]:
     """Layer name -> its plan, and sentences on layers that get another format than the recipe's.
 
-    shaping: names of layers whose stored width must be that of their weight. Raises ValueError for a Linear whose shape does not fit the format.
+    shaping: names of layers whose stored width must be that of their weight. Layers that share an
+    input get one format. Raises ValueError for a Linear whose shape does not fit the format.
     """
     plans, moved = {}, {}
+    reasons = {
+        name: _why_second(name, unet.get_submodule(name).weight, recipe, name in shaping)
+        for name in layers
+    }
+    for group in sharing(layers):
+        first = next((name for name in group if reasons[name] is not None), None)
+        for name in group:
+            if first is not None and reasons[name] is None:
+                reasons[name] = f"one input serves it and {first}"
     for name, kind in layers.items():
         form, algorithm = recipe.format, _algorithm(recipe, kind)
-        reason = _why_second(name, unet.get_submodule(name).weight, recipe, name in shaping)
+        reason = reasons[name]
         if reason is not None:
             form, algorithm = FORMATS[recipe.format].SECOND, MAX
             moved.setdefault((form, reason), []).append(name)

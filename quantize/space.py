@@ -30,7 +30,7 @@ class Space:
     """Groups of layers and their options, sizes from shapes alone."""
 
     def __init__(self, model, names: Mapping[str, str], measured: list[Measured], sixteen: bool):
-        self.model, self.measured = model, measured
+        self.model, self.names, self.measured = model, names, measured
         self.choices = tuple(one.recipe for one in measured)
         self.signal = measured[0].signal
         # those that a fused kernel runs at once must have one format
@@ -63,9 +63,12 @@ class Space:
         """Of each group the option of least size."""
         return [min(range(len(o)), key=lambda i: o[i].size) for o in self.options]
 
-    def uniform(self, index: int, goal) -> Mixed:
-        """One recipe for all layers that it fits."""
+    def uniform(self, index: int, goal) -> Recipe | Mixed:
+        """One recipe for all layers that it fits; where it fits all, the one that Quantize would take,
+        as its file is smaller: the header does not name each layer."""
         one = self.measured[index]
+        if one.costs.keys() == self.names.keys():
+            return one.recipe
         return Mixed((one.recipe,), dict.fromkeys(one.costs, 0), goal.describe())
 
     def bits(self, index: int) -> float:
@@ -82,8 +85,27 @@ class Space:
         _, plans, _ = engine.prepared(unet, whole)
         return {name: _bytes(unet.get_submodule(name), plan) for name, plan in plans.items()}
 
-    def recipe(self, chosen: list[int], goal) -> Mixed:
-        """The mixed recipe of a choice."""
+    def quantizes(self, chosen: list[int]) -> bool:
+        """Whether a choice leaves not all layers in 16 bits."""
+        return any(
+            indices[taken] is not None for indices, taken in zip(self.indices, chosen, strict=True)
+        )
+
+    def gentlest(self, chosen: list[int]) -> list[int]:
+        """A choice that leaves all layers in 16 bits, with that group quantized which adds least."""
+        ways = [
+            (options[i].noise, number, i)
+            for number, (options, indices) in enumerate(
+                zip(self.options, self.indices, strict=True)
+            )
+            for i, index in enumerate(indices)
+            if index is not None
+        ]
+        _, number, i = min(ways)
+        return [*chosen[:number], i, *chosen[number + 1 :]]
+
+    def recipe(self, chosen: list[int], goal) -> Recipe | Mixed:
+        """The recipe of a choice, mixed where it is not one for all layers."""
         assignment = {}
         for group, indices, taken in zip(self.groups, self.indices, chosen, strict=True):
             if indices[taken] is not None:
@@ -94,12 +116,14 @@ class Space:
                 f"{goal.value:g} leaves all in 16 bits: choose a smaller size or a lower SQNR"
             )
         used = sorted(set(assignment.values()))
+        if len(used) == 1 and len(assignment) == len(self.names):
+            return self.choices[used[0]]
         choices = tuple(self.choices[i] for i in used)
         order = {i: number for number, i in enumerate(used)}
         numbered = {name: order[i] for name, i in assignment.items()}
         return Mixed(choices, numbered, goal.describe())
 
-    def file_size(self, recipe: Mixed, calibration) -> int:
+    def file_size(self, recipe: Recipe | Mixed, calibration) -> int:
         """Bytes of the file, exactly."""
         _, plans, _ = engine.prepared(self.model.model.diffusion_model, recipe)
         return files.size(prediction.checkpoint(self.model, recipe, plans, calibration))

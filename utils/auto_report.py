@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .report import choice_words, goal_words, megabytes
+from .report import goal_words, megabytes
 
 
 def plain(value: float) -> float | None:
@@ -15,7 +15,8 @@ def plain(value: float) -> float | None:
 
 
 def text(
-    recipe: Mapping,
+    goal: Mapping,
+    layers: Mapping[str, Sequence[str]],
     size: int,
     predicted: float,
     measured: float,
@@ -26,11 +27,11 @@ def text(
 ) -> tuple[str, str]:
     """What stands above the report of quantizing, and below it.
 
-    size: bytes of the file; SQNR in dB. uniform: one recipe for all layers -> size and SQNR.
+    goal: as a mixed recipe has it. layers: a recipe in words -> the layers that it quantizes. size:
+    bytes of the file; SQNR in dB. uniform: one recipe for all layers -> size and SQNR.
     sixteen: layers that the mix leaves in 16 bits; weight_only: how many layers compute in 16 bits
     with weights of fewer.
     """
-    goal = recipe["goal"]
     lines = [f"Target: {goal_words(goal)}", f"Reached: {megabytes(size)}, {measured:.2f} dB"]
     if goal.get("kind") == "size":
         lines[-1] += f" ({size / goal['value']:.4f} of the target)"
@@ -44,9 +45,7 @@ def text(
     lines.append("One recipe for all layers would give, in the same low-precision arithmetic:")
     lines += [f"  {name}: {megabytes(bytes_)}, {sqnr:.2f} dB" for name, bytes_, sqnr in uniform]
     below = ["Layers:"]
-    for index, choice in enumerate(recipe["choices"]):
-        names = recipe["assignment"].get(str(index), ())
-        below.append(f"  {choice_words(choice)}: {', '.join(names)}")
+    below += [f"  {words}: {', '.join(names)}" for words, names in layers.items()]
     if sixteen:
         below.append(f"  16 bits: {', '.join(sixteen)}")
     return "\n".join(lines), "\n".join(below)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -10,6 +11,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from comfyui_modelopt.formats import files
+from comfyui_modelopt.formats.groups import sharing
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.nodes.auto_and_load import low_precision
 from comfyui_modelopt.quantize import (
@@ -39,6 +41,7 @@ def without_slow_algorithms():
         quick = {
             "int8": ({"algorithm": "max"}, {"algorithm": "smoothquant"}),
             "int4": ({"algorithm": "max"},),
+            "nvfp4": ({"algorithm": "max"},),
         }
         for name, recipes in quick.items():
             one = dataclasses.replace(candidates.CANDIDATES[name], recipes=recipes)
@@ -83,6 +86,42 @@ def test_a_size_is_met_and_no_format_alone_is_better(search, sizes, tmp_path, sh
         assert alone > target or found.measured >= sqnr, recipe
 
 
+def size_of(made: engine.Quantized) -> int:
+    """Bytes of the file, with the quality that the nodes measure."""
+    engine.measure(made, loader.load(made.checkpoint))
+    return files.size(made.checkpoint)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_no_file_of_quantize_of_that_size_is_better(search, sd15, calibration, form):
+    """The target is to the byte what Quantize makes, with that format alone or among others."""
+    plain = [Recipe(form, **options) for options in candidates.CANDIDATES[form].recipes]
+    for recipe in plain:
+        made = engine.quantize_model(sd15[0], recipe, calibration)
+        outputs = bridge.run_loaded(low_precision(made.checkpoint), made.records, lambda: None)
+        alone, target = quality.decibel(made.references, outputs), size_of(made)
+        for formats in ([form], FORMATS):
+            found = search(Goal("size", target), formats, sixteen=formats != [form])
+            assert size_of(found.made) <= target
+            assert found.measured >= alone
+            assert target in [size for one, size, _ in found.uniform if one == recipe]
+    assert found.made.checkpoint.header["recipe"]["format"] in ("mixed", form)
+
+
+def test_one_recipe_for_all_layers_is_quantizes_own(search, sd15, calibration, tmp_path):
+    """The same bytes, and its JSON gives them again."""
+    (recipe,) = [Recipe("int4", **one) for one in candidates.CANDIDATES["int4"].recipes]
+    made = engine.quantize_model(sd15[0], recipe, calibration)
+    found = search(Goal("size", size_of(made)), ["int4"], sixteen=False)
+    assert found.recipe == recipe
+    again = engine.quantize_model(sd15[0], mixed.read(mixed.write(found.recipe)), calibration)
+    for name, one in (("plain", made), ("auto", found.made), ("again", again)):
+        size_of(one)
+        files.write(one.checkpoint, tmp_path / name)
+    plain, auto_, again_ = ((tmp_path / name).read_bytes() for name in ("plain", "auto", "again"))
+    assert plain == auto_ == again_
+
+
 def test_bits_are_met(search):
     found = search(Goal("bits", 6.0))
     table, tensors = found.made.checkpoint.layers, found.made.checkpoint.tensors
@@ -115,6 +154,30 @@ def test_a_quality_that_no_mix_is_predicted_to_reach(search, sizes, monkeypatch)
     found = search(Goal("quality", sizes["int8"][1] - 3), sixteen=False)
     assert found.measured >= sizes["int8"][1] - 3
     assert "One recipe for all layers, int8 " in found.notes[0]
+
+
+@pytest.mark.parametrize("above", [1.0, 12.0])
+def test_a_quality_above_every_recipe_is_met_with_layers_in_16_bits(search, sizes, above):
+    """Also where the prediction, too low for so little noise, would leave all in 16 bits."""
+    target = sizes["int8"][1] + above
+    found = search(Goal("quality", target))
+    assert found.measured >= target
+    assert found.made.checkpoint.layers
+
+
+def test_what_was_tried_is_not_tried_again(search, sizes, monkeypatch):
+    told, real = [], assign.least_size
+    fixed = []
+
+    def same(options, noise):
+        fixed.append(real(options, noise) if not fixed else fixed[0])
+        return fixed[0]
+
+    monkeypatch.setattr(assign, "least_size", same)
+    with contextlib.suppress(ValueError):
+        search(Goal("quality", sizes["int8"][1] - 8), tell=told.append)
+    assert len(fixed) <= 2
+    assert sum(text.startswith("Quantizing: ") for text in told) <= 2  # one of them uniform
 
 
 def test_samples_stay_within_their_memory(sd15, calibration, monkeypatch):
@@ -170,10 +233,34 @@ def test_gradients_in_float16(factor, works):
 def test_fused_layers_share_a_format(search, sizes):
     found = search(Goal("size", sum(size for size, _ in sizes.values()) / 2))
     assignment = found.recipe.assignment
-    block = "input_blocks.1.1.transformer_blocks.0"
-    for names in (("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v")):
-        assert len({assignment.get(f"{block}.{name}") for name in names}) == 1
+    assert one_format_a_group(found.made.checkpoint.layers, found.all_layers) == 8
     assert len(set(assignment.values())) > 1 or len(assignment) < len(found.all_layers)
+
+
+def one_format_a_group(layers, names) -> int:
+    """Checks it of the layers as they are in the file. -> groups of several."""
+    groups = [group for group in sharing(names) if len(group) > 1]
+    for group in groups:
+        assert len({getattr(layers.get(name), "format", None) for name in group}) == 1, group
+    return len(groups)
+
+
+@pytest.mark.parametrize("layers", ["linear only", LINEAR_AND_CONV])
+def test_fused_layers_share_a_format_where_one_may_not_have_it(sd15, calibration, layers):
+    """ComfyUI reads the architecture from the first cross-attention's k, which nvfp4 must not pack."""
+    found = auto.auto_quantize(
+        *(sd15[0], calibration, ["nvfp4", "int8"], Goal("bits", 5.0), layers, DEFAULT_SKIP),
+        *(low_precision, False),
+    )
+    made = found.made.checkpoint.layers
+    assert one_format_a_group(made, found.all_layers) == 8
+    attention = "input_blocks.1.1.transformer_blocks.0.attn2"
+    assert {made[f"{attention}.{name}"].format for name in ("to_k", "to_v")} == {"int8"}
+    assert made[f"{attention}.to_q"].format == "nvfp4"
+    alone = engine.quantize_model(
+        sd15[0], Recipe("nvfp4", "max", layers=layers), calibration
+    ).checkpoint.layers
+    assert one_format_a_group(alone, found.all_layers) == 8
 
 
 def test_the_recipe_gives_the_same_file(search, sizes, sd15, calibration, tmp_path):
