@@ -107,6 +107,11 @@ def auto_quantize(
     return found
 
 
+def _to_the_byte(count: float) -> str:
+    """Bytes in MB."""
+    return f"{count / 1e6:.6f}".rstrip("0").rstrip(".")
+
+
 def _search(model, calibration, space: Space, goal: Goal, load: Callable, tell) -> _Search:
     sizes = [
         space.file_size(space.uniform(i, goal), calibration) for i in range(len(space.measured))
@@ -185,8 +190,8 @@ class _Search:
             least = self.least()
             if least > goal.value:
                 raise ValueError(
-                    f"a file of {goal.value:,.0f} bytes cannot be reached, the allowed formats need "
-                    f"{least:,} or more: raise it or allow a smaller format"
+                    f"a file of {_to_the_byte(goal.value)} MB cannot be reached, the allowed formats need "
+                    f"{_to_the_byte(least)} MB or more: raise it or allow a smaller format"
                 )
 
     def least(self) -> int:
