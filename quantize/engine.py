@@ -12,7 +12,7 @@ import torch
 
 from ..formats import FORMATS
 from ..formats.checkpoint import QuantizedCheckpoint
-from ..utils import float8, out_of_memory, sha256
+from ..utils import float8, out_of_memory, packages, sha256
 from ..utils.finite import all_finite
 from ..utils.progress import detail, progress
 from . import families, modelopt, pack, percentile, quality, whose
@@ -278,6 +278,7 @@ def versions() -> dict[str, str]:
 
     return {
         "comfyui": comfyui_version(),
+        "comfyui-modelopt": packages.own_version(),
         "modelopt": modelopt.version(),
         "torch": torch.__version__,
         "safetensors": importlib.metadata.version("safetensors"),

@@ -19,6 +19,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 from comfyui_modelopt.devtools.common import PACK_NAME, venv_python
 from comfyui_modelopt.devtools.server import ComfyServer
+from comfyui_modelopt.quantize import engine
+from comfyui_modelopt.utils import packages
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -185,6 +187,13 @@ def test_changelog_has_this_version():
     assert next(v for v in versions if v != "Unreleased") == PROJECT["version"]
 
 
+def test_a_quantized_file_says_the_packs_version(monkeypatch, tmp_path):
+    assert packages.own_version() == PROJECT["version"]
+    assert engine.versions()[PROJECT["name"]] == PROJECT["version"]
+    monkeypatch.setattr(packages, "PYPROJECT", tmp_path / "pyproject.toml")
+    assert packages.own_version() == "unknown"
+
+
 def requirements() -> list[str]:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
@@ -337,6 +346,7 @@ def test_quantize_save_load(installed):
     assert again.error is None, again.error
     (info,) = again.outputs["2"]["text"]
     assert "18 convolution layers in int8" in info and "40 Linear layers in int8" in info
+    assert f"comfyui-modelopt {PROJECT['version']}, " in info
     assert "Traceback" not in installed.log
 
 

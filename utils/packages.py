@@ -1,12 +1,15 @@
-"""Packages that some of the pack needs: whether they are there, and the command that gets them."""
+"""Packages that some of the pack needs: whether they are there, and the command that gets them. And
+the pack's own version."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS, PYPROJECT = ROOT / "requirements.txt", ROOT / "pyproject.toml"
 MODELOPT, DIFFUSERS = "modelopt", "diffusers"
 # module -> what is missing without it, and pip's arguments for it
 _MISSING = {
@@ -38,3 +41,11 @@ def require(module: str) -> None:
     """Raises ValueError where the module is not installed."""
     if (reason := why_missing(module)) is not None:
         raise ValueError(reason)
+
+
+def own_version() -> str:
+    """This pack's version by its pyproject.toml, "unknown" without one. By a regex, as Python 3.10 has
+    no tomllib."""
+    text = PYPROJECT.read_text(encoding="utf-8") if PYPROJECT.is_file() else ""
+    found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
+    return found[1] if found else "unknown"

@@ -33,6 +33,8 @@ def provenance(
             lines += _other(name, value, full)
     if full:
         lines += _facts("Architecture", header.get("unet_config"), full)
+        if header.get("format_version") is not None:  # it was in a file
+            lines.append(f"Format version of the file: {header['format_version']}")
     return [*lines, opens_line(bool(header.get("opens_in_stock")), header.get("recipe"))]
 
 

@@ -18,12 +18,13 @@ def megabytes(count: float) -> str:
 
 def layer_lines(layers: Mapping[str, object]) -> list[str]:
     """How many layers of which format and kind."""
-    counts = Counter((x.format, x.kind, x.smoothed, x.rank) for x in layers.values())
+    counts = Counter((x.format, x.kind, x.smoothed, x.rank, x.activations) for x in layers.values())
     return [
         f"{count} {KINDS[kind]} layers in {form}"
         + (" with smoothing" if smoothed else "")
         + (f" and a branch of rank {rank}" if rank else "")
-        for (form, kind, smoothed, rank), count in sorted(counts.items())
+        + (f", activations {activations}" if activations else "")
+        for (form, kind, smoothed, rank, activations), count in sorted(counts.items())
     ]
 
 

@@ -114,7 +114,9 @@ def test_the_whole_header_is_told(done):
         assert "  prompts: a red fox in the snow\n" in text
         assert "18 convolution layers in int8" in text and "  comfyui: " in text
         assert "SQNR " in text
+        assert "  comfyui-modelopt: " in text
     assert "and 3 more" in shown and "Architecture:" not in shown
+    assert "\nFormat version of the file: 1\n" in whole
     assert SKIP.splitlines()[-1] in whole and "  model_channels: 320" in whole
     assert len(shown.splitlines()) < 50
 

@@ -25,19 +25,22 @@ HEADER = {
         "resolutions": ["1024x1024", "832x1216"],
     },
     "quality": {"sqnr_db": 31.25, "worst_sqnr_db": 28.5, "records": 8},
-    "versions": {"comfyui": "0.30.0", "modelopt": "0.47.0", "torch": "2.14.1"},
+    "versions": {"comfyui": "0.30.0", "comfyui-modelopt": "0.1.0", "modelopt": "0.47.0"},
     "model": "SDXL",
     "unet_config": {"model_channels": 320, "channel_mult": [1, 2, 4]},
     "baked_patches": 12,
     "imported": {"kind": "a folder", "notes": [f"note {i}" for i in range(6)], "layers_kept": 2},
     "assignment": {f"layer{i}": "fp8" for i in range(7)},
     "opens_in_stock": False,
+    "format_version": 1,
 }
 LAYERS = {
     "a": Layer("int8", "linear", smoothed=True),
     "b": Layer("int8", "linear", smoothed=True),
     "c": Layer("int8", "conv2d"),
     "d": Layer("fp8", "linear"),
+    "e": Layer("fp8", "linear", activations="per token"),
+    "f": Layer("int4", "linear", smoothed=True, rank=8, activations="16 bits"),
 }
 
 
@@ -59,8 +62,15 @@ def test_the_whole_text_has_all_of_the_header():
     assert "SQNR 31.2 dB on 8 recorded UNet calls, worst call 28.5 dB" in text
     for name in ("alpha", "calls", "samplers", "model_channels", "layers_kept", "assignment"):
         assert f"  {name}: " in text or f"  {name} (" in text or f"{name}:" in text, name
-    for line in ("2 Linear layers in int8 with smoothing", "1 convolution layers in int8"):
+    for line in (
+        "2 Linear layers in int8 with smoothing",
+        "1 convolution layers in int8",
+        "1 Linear layers in fp8",
+        "1 Linear layers in fp8, activations per token",
+        "1 Linear layers in int4 with smoothing and a branch of rank 8, activations 16 bits",
+    ):
         assert f"  {line}\n" in text
+    assert "\nFormat version of the file: 1\n" in text
     assert "more" not in text.replace("numbers more", "")
 
 
@@ -74,7 +84,7 @@ def test_the_node_shows_the_beginnings_of_lists_and_how_much_more_there_is():
     assert "  cfg: 7.0, 5.5" in text
     assert "SHA-256 " + "ab" * 32 in text
     assert "  note 2\n  and 3 more\n" in text
-    assert "model_channels" not in text
+    assert "model_channels" not in text and "Format version" not in text
     assert "assignment" in text and "and 4 more" in text
 
 
@@ -84,3 +94,4 @@ def test_a_file_that_says_little(full):
     assert "Made from: a file that ComfyUI did not name" in text
     assert "Calibration: none" in text and "Recipe: unknown" in text
     assert "SQNR: not measured" in text
+    assert "Format version" not in text
