@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfyui_modelopt.devtools import synthetic
-from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
+from comfyui_modelopt.formats.checkpoint import SIXTEEN, Layer, QuantizedCheckpoint
 from comfyui_modelopt.kernels import backends
 from comfyui_modelopt.loaders import info
 from comfyui_modelopt.loaders import unet as loader
@@ -22,8 +22,9 @@ from comfyui_modelopt.loaders.fused import FusedResBlock
 from comfyui_modelopt.nodes.compare import Compare, settings_of
 from comfyui_modelopt.quantize import compare, engine, local, pictures, quality
 from comfyui_modelopt.quantize.calibration import Calibration
+from comfyui_modelopt.quantize.mixed import Mixed
 from comfyui_modelopt.quantize.recipe import Recipe
-from comfyui_modelopt.utils.compare_report import compare_report, worst_layers
+from comfyui_modelopt.utils.compare_report import OTHER_WEIGHTS, compare_report, worst_layers
 
 INT8 = Recipe("int8", "max")
 # a Linear and a convolution of the first, the middle and the last block
@@ -199,12 +200,22 @@ def test_full_models_fit_the_bound_with_all_calls(family):
 # ---- the layer that is damaged
 
 
+def scaled(checkpoint, key: str, factor: float) -> QuantizedCheckpoint:
+    """The checkpoint with one tensor times `factor`."""
+    tensors = checkpoint.tensors | {key: checkpoint.tensors[key] * factor}
+    return QuantizedCheckpoint(tensors, checkpoint.layers, dict(checkpoint.header))
+
+
+def advised(found) -> tuple[str, list[str]]:
+    """The last sentence of the report, and the lines for `skip` behind it."""
+    lines = compare_report(found).splitlines()
+    start = next(i for i, line in enumerate(lines) if "Lines to add to `skip`" in line)
+    return lines[start], lines[start + 1 :]
+
+
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_layer_damaged_on_purpose_is_named_worst(sd15, quantized, short, name):
-    checkpoint = quantized(INT8).checkpoint
-    key = f"{name}.weight_scale"
-    tensors = checkpoint.tensors | {key: checkpoint.tensors[key] * 1.3}
-    damaged = QuantizedCheckpoint(tensors, checkpoint.layers, checkpoint.header)
+    damaged = scaled(quantized(INT8).checkpoint, f"{name}.weight_scale", 1.3)
     # convolutions of other layers, too, are given blocks that hand on 8 bits
     model = loader.load(damaged, backend=backends.REFERENCE)
     assert any(isinstance(m, FusedResBlock) for m in model.model.diffusion_model.modules())
@@ -234,6 +245,183 @@ def test_a_damaged_layer_of_8_bits_is_named_before_sound_ones_of_4():
     assert "Those that stand out, then those with most noise:" in text
     assert "  1. 20.0 dB  int8.9 (int8): stands out; smoothquant, or skip it" in text
     assert text.count("stands out") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("input_blocks.1.1.transformer_blocks.0.attn1.to_q", 1.05),
+        ("input_blocks.1.1.transformer_blocks.0.attn1.to_q", 1.1),
+        ("middle_block.1.transformer_blocks.0.ff.net.2", 1.05),
+        ("output_blocks.1.1.transformer_blocks.0.attn2.to_out.0", 1.1),
+        ("input_blocks.1.1.proj_in", 1.1),
+        ("output_blocks.1.1.proj_out", 1.1),
+    ],
+)
+def test_what_is_far_below_its_kind_is_named_before_sound_convolutions(
+    sd15, quantized, short, name, factor
+):
+    """Convolutions over neighbours have half of a smoothed Linear's dB without any damage."""
+    checkpoint = quantized(Recipe("int8", "smoothquant", 0.5)).checkpoint
+    damaged = loader.load(scaled(checkpoint, f"{name}.weight_scale", factor))
+    found = compared((sd15[0], damaged), short)
+    first = worst_layers(found.layers)[0]
+    assert first.name == name
+    assert min(one.energy.db for one in found.layers) < first.energy.db
+    words = f"  1. {first.energy.db:.1f} dB  {name} (int8{', smoothed' * first.layer.smoothed}): stands out; "
+    assert words in compare_report(found)
+
+
+def test_a_lone_layer_of_8_bits_among_those_of_4(sd15, calibration, short):
+    """No other of its kind says what is ordinary for it."""
+    lone = "middle_block.1.transformer_blocks.0.attn2.to_out.0"
+    names = [
+        name
+        for name, module in sd15[0].model.diffusion_model.named_modules()
+        if local.kind(module) == "linear" and "transformer_blocks" in name
+    ]
+    mix = Mixed(
+        (Recipe("int4", "max"), Recipe("int8", "max")), {name: int(name == lone) for name in names}
+    )
+    checkpoint = engine.quantize_model(sd15[0], mix, calibration).checkpoint
+    sound = compared((sd15[0], loader.load(checkpoint)), short)
+    assert [one.layer.format for one in sound.layers if one.name == lone] == ["int8"]
+    assert sum(one.layer.format == "int4" for one in sound.layers) > 20
+    assert lone not in [one.name for one in worst_layers(sound.layers)]
+    damaged = loader.load(scaled(checkpoint, f"{lone}.weight_scale", 1.1))
+    found = compared((sd15[0], damaged), short)
+    first = worst_layers(found.layers)[0]
+    assert first.name == lone and 15 < first.energy.db < 22
+    assert f"{lone} (int8): stands out; smoothquant, or skip it" in compare_report(found)
+
+
+def test_nothing_in_8_bits_is_nearer_than_activations_in_16(sd15, quantized, short):
+    recipe = Recipe("int8", "max", activations=SIXTEEN)
+    name = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+    for one in (name, "input_blocks.1.0.in_layers.2"):
+        damaged = scaled(quantized(recipe).checkpoint, f"{one}.weight_scale", 1.3)
+        found = compared((sd15[0], loader.load(damaged)), short)
+        words = f"  {one} (int8, activations 16 bits): stands out; skip it\n"
+        assert words in compare_report(found)
+        sentence, named = advised(found)
+        assert sentence.startswith("What to do: skip it. Lines to add") and named[0] == one
+
+
+# ---- layers that are not quantized
+
+
+@pytest.mark.parametrize("name", ["out.2", "input_blocks.0.0", "output_blocks.0.0.skip_connection"])
+def test_a_layer_with_other_weights_is_named_though_it_is_not_quantized(
+    sd15, quantized, short, name
+):
+    checkpoint = quantized(INT8).checkpoint
+    assert name not in checkpoint.layers
+    model = loader.load(scaled(checkpoint, f"{name}.weight", 1.5))
+    found = compared((sd15[0], model), short)
+    text = compare_report(found)
+    first = worst_layers(found.layers)[0]
+    assert (first.name, first.layer) == (name, OTHER_WEIGHTS)
+    assert first.energy.db == pytest.approx(20 * math.log10(1 / 0.5), abs=2)
+    assert f"Not quantized, but with other weights than the reference's: {name}. The quant" in text
+    assert (
+        f"{name} (16 bits, other weights): stands out; quantize the reference's own MODEL" in text
+    )
+    sentence, named = advised(found)
+    assert len(named) == 7 and name not in named and "which leave these 7 in" in sentence
+    assert set(named) <= checkpoint.layers.keys()
+    assert f"\n{len(checkpoint.layers)} quantized layers, each by itself" in text
+
+
+def test_a_norm_with_other_weights_is_said(sd15, quantized, short):
+    for key in ("middle_block.1.norm.weight", "output_blocks.0.0.in_layers.0.bias"):
+        model = loader.load(scaled(quantized(INT8).checkpoint, key, 1.5))
+        found = compared((sd15[0], model), short)
+        name = key.rpartition(".")[0]
+        assert f"other weights than the reference's: {name}. The" in compare_report(found)
+        assert all(one.layer != OTHER_WEIGHTS for one in found.layers)
+
+
+def test_no_more_than_a_few_are_named(sd15, quantized, short):
+    checkpoint = quantized(INT8).checkpoint
+    kept = [key for key in checkpoint.tensors if key.endswith("norm1.weight")]
+    kept += [key for key in checkpoint.tensors if key.endswith(("norm2.weight", "norm3.weight"))]
+    tensors = checkpoint.tensors | {key: checkpoint.tensors[key] * 2 for key in kept}
+    model = loader.load(QuantizedCheckpoint(tensors, checkpoint.layers, dict(checkpoint.header)))
+    (note,) = compared((sd15[0], model), short).notes
+    assert note.count("norm") == 6 and f" and {len(kept) - 6} more. The" in note
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_other_16_bits_makes_no_other_weights(sd15, quantized, short, dtype):
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: tensor.float() * (1 + 1e-3 * torch.rand(tensor.shape, generator=generator))
+        for name, tensor in sd15[0].model.diffusion_model.state_dict().items()
+    }
+    tiny = "out.0.bias"  # below what float16 holds
+    state[tiny] = torch.full_like(state[tiny], 1e-9)
+    reference = comfy.sd.load_diffusion_model_state_dict(dict(state), {"dtype": torch.float32})
+    checkpoint = quantized(INT8).checkpoint
+    tensors = dict(checkpoint.tensors)
+    for key in tensors.keys() & state.keys():
+        if key.rpartition(".")[0] not in checkpoint.layers:
+            tensors[key] = state[key].to(dtype)
+    model = loader.load(QuantizedCheckpoint(tensors, checkpoint.layers, dict(checkpoint.header)))
+    found = compared((reference, model), short)
+    assert found.notes == [] and all(one.layer != OTHER_WEIGHTS for one in found.layers)
+
+
+def test_a_lora_makes_no_other_weights(sd15, pair, checkpoints, short):
+    """On either MODEL, or on a third that shares the weights and was loaded last."""
+    lora = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
+    patched = [comfy.sd.load_lora_for_models(one, None, lora, 1.0, 0)[0] for one in pair]
+    layers = info.quantized_layers(pair[1])
+    for one in patched:  # layers among them that are not quantized
+        keys = [key.removeprefix("diffusion_model.") for key in one.patches]
+        assert any(key.removesuffix(".weight") not in layers for key in keys)
+    for both in ((patched[0], pair[1]), (pair[0], patched[1]), tuple(patched)):
+        assert compared(both, short).notes == []
+    for one in patched:
+        comfy.model_management.load_models_gpu([one])
+        assert compared(pair, short).notes == []
+
+
+# ---- what has no number
+
+
+def test_a_reference_equal_to_the_quantized_model_is_exact(pair, short):
+    found = compared((pair[1], pair[1]), short)
+    text = compare_report(found)
+    assert text.startswith("SQNR exact over 2 recorded UNet calls\n")
+    assert "40 Linear layers in int8: median exact\n" in text
+    assert text.endswith("All of them are exact.")
+    assert worst_layers(found.layers) == []
+    for words in ("What to do", "No layer stands out", "skip", "stands out"):
+        assert words not in text
+    figures = json.loads(json.dumps(found.figures(), allow_nan=False))
+    assert set(figures["layers"].values()) == {None} and figures["lost"] == []
+
+
+def test_a_layer_that_gives_nan_is_lost(sd15, pair, quantized, short):
+    name = "middle_block.1.transformer_blocks.0.attn2.to_out.0"
+    damaged = loader.load(scaled(quantized(INT8).checkpoint, f"{name}.bias", math.nan))
+    found, sound = compared((sd15[0], damaged), short), compared(pair, short)
+    text = compare_report(found)
+    assert f"  1. lost  {name} (int8): stands out; smoothquant, or skip it\n" in text
+    assert "\n  lost: it gives NaN, infinity or nothing\n" in text
+    figures = json.loads(json.dumps(found.figures(), allow_nan=False))
+    assert figures["lost"] == [name] and figures["layers"].pop(name) is None
+    others = {one.name: round(one.energy.db, 4) for one in sound.layers if one.name != name}
+    assert figures["layers"] == others
+    for kind, words in (("linear", "40 Linear"), ("conv2d", None), ("conv2d 1x1", None)):
+        of_kind = [one for one in sound.layers if one.kind == kind]
+        median = numpy.median([others[one.name] for one in of_kind if one.name != name])
+        if words is None:
+            words = f"{len(of_kind)} " + ("1x1 convolution" if "1x1" in kind else "convolution")
+        assert f"  {words} layers in int8: median {median:.1f} dB\n" in text
+    assert sum("stands out; " in line for line in text.splitlines()) == 1 + sum(
+        "stands out; " in line for line in compare_report(sound).splitlines()
+    )
 
 
 def test_psnr_of_several_pictures_is_that_of_all_pixels(sd15):
@@ -295,6 +483,7 @@ def test_loras_on_both(sd15, pair, checkpoints, calibration):
     model = loader.load(made.checkpoint)
     engine.measure(made, model)
     found = compared((patched, model), calibration)
+    assert found.notes == []  # layers that are not quantized hold the LoRA, too
     assert found.energy.db == pytest.approx(made.figures["sqnr_db"], abs=2e-3)
     without = compared((sd15[0], model), calibration)
     assert without.energy.db < found.energy.db - 3
@@ -374,16 +563,17 @@ def test_cancel_leaves_no_hook_and_both_models_as_they_were(
 # ---- pictures
 
 
-def gaussian_ssim(a: numpy.ndarray, b: numpy.ndarray) -> float:
-    """Wang et al. 2004, pixel by pixel: 11 x 11 Gaussian window of sigma 1.5, edges mirrored."""
-    taps = numpy.exp(-0.5 * (numpy.arange(-5, 6) / 1.5) ** 2)
+def gaussian_ssim(a: numpy.ndarray, b: numpy.ndarray, size: int) -> float:
+    """Wang et al. 2004: a Gaussian window of sigma 1.5, `size` pixels wide, at every place where it
+    lies within the picture."""
+    taps = numpy.exp(-0.5 * (numpy.arange(-(size // 2), size // 2 + 1) / 1.5) ** 2)
     window = numpy.outer(taps, taps) / taps.sum() ** 2
     total = []
     for channel in range(a.shape[2]):
-        x, y = (numpy.pad(one[:, :, channel], 5, mode="reflect") for one in (a, b))
-        for i in range(a.shape[0]):
-            for j in range(a.shape[1]):
-                p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+        x, y = a[:, :, channel], b[:, :, channel]
+        for i in range(a.shape[0] - size + 1):
+            for j in range(a.shape[1] - size + 1):
+                p, q = x[i : i + size, j : j + size], y[i : i + size, j : j + size]
                 mean_p, mean_q = (window * p).sum(), (window * q).sum()
                 var_p = (window * (p - mean_p) ** 2).sum()
                 var_q = (window * (q - mean_q) ** 2).sum()
@@ -396,18 +586,23 @@ def gaussian_ssim(a: numpy.ndarray, b: numpy.ndarray) -> float:
     return float(numpy.mean(total))
 
 
-def test_psnr_and_ssim_are_the_formulas():
+@pytest.mark.parametrize(
+    ("height", "width", "window"),
+    [(14, 18, 11), (11, 12, 11), (10, 30, 9), (8, 7, 7), (5, 4, 3), (2, 6, 1)],
+)
+def test_psnr_and_ssim_are_the_formulas(height, width, window):
+    """The window is the largest odd one that fits, of at most 11 pixels."""
     generator = torch.Generator().manual_seed(0)
-    a = torch.rand(2, 14, 18, 3, generator=generator)
+    a = torch.rand(2, height, width, 3, generator=generator)
     b = (a + 0.1 * torch.randn(a.shape, generator=generator)).clamp(0, 1)
     b[1] = a[1]
     (psnr, ssim), same = pictures.likeness(a, b)
     error = ((a[0] - b[0]).double() ** 2).mean().item()
     assert psnr == pytest.approx(-10 * math.log10(error), abs=1e-4)
     assert ssim == pytest.approx(
-        gaussian_ssim(a[0].double().numpy(), b[0].double().numpy()), abs=1e-6
+        gaussian_ssim(a[0].double().numpy(), b[0].double().numpy(), window), abs=1e-6
     )
-    assert 0.3 < ssim < 0.99
+    assert 0.3 < ssim < 0.995
     assert same == (math.inf, pytest.approx(1.0, abs=1e-12))
     assert pictures.likeness(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3))[0][1] == 1
 
@@ -459,6 +654,52 @@ def test_latents_are_compared_without_a_vae(pair, short, settings):
     assert all(isinstance(one, ExecutionBlocker) and "vae" in one.message for one in images)
     assert output.ui["text"] == [text] and len(output.ui["images"]) == 1
     assert chart.ndim == 4 and 0 <= chart.min() < chart.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "denoise"),
+    [
+        ("euler", 3, 1.0),
+        ("euler", 3, 0.0),
+        ("euler", 3, 0.5),
+        ("dpm_fast", 5, 1.0),
+        ("heun", 3, 1.0),
+    ],
+)
+def test_the_bar_ends_at_its_end_with_every_sampler(
+    pair, short, settings, monkeypatch, sampler, steps, denoise
+):
+    bars = []
+
+    def counting(total):
+        bars.append((total, []))
+        return lambda size=1: bars[-1][1].append(size)
+
+    monkeypatch.setattr(compare, "progress", counting)
+    more = {"sampler_name": sampler, "steps": steps, "denoise": denoise, "scheduler": "normal"}
+    found = compared(pair, short, dataclasses.replace(settings, **more))
+    assert len(found.likeness) == 2
+    ((total, sizes),) = bars
+    assert min(sizes) >= 0 and sum(sizes) == total
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3, 4, 9])
+def test_sampling_moves_the_bar_by_as_many_steps_as_were_asked_for(settings, calls):
+    """Adaptive samplers take more of them, or fewer."""
+    sizes = []
+
+    class Sampling:
+        @staticmethod
+        def sample(*args):
+            (callback,) = (one for one in args if callable(one))
+            for _ in range(calls):
+                callback(0, None, None, 3)
+                assert sum(sizes) <= 3 * engine.CALL
+            return {"samples": calls}
+
+    found = compare._sampled(Sampling, None, dataclasses.replace(settings, steps=3), sizes.append)
+    assert found == {"samples": calls}
+    assert min(sizes) >= 0 and sum(sizes) == 3 * engine.CALL
 
 
 def test_some_of_the_inputs_of_pictures_are_an_error(settings):
