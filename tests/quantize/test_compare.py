@@ -247,6 +247,28 @@ def test_a_damaged_layer_of_8_bits_is_named_before_sound_ones_of_4():
     assert text.count("stands out") == 1
 
 
+def test_the_furthest_below_an_ordinary_one_is_named_first():
+    """20 dB lower is more damage to 8 bits than 10 dB lower to 4, which leave less."""
+    layers = [layer_result(i, "int4", 19.0 + 0.1 * i) for i in range(10)]
+    layers += [layer_result(i, "int8", 40.0 + 0.1 * i) for i in range(9)]
+    layers += [layer_result(10, "int4", 9.0), layer_result(9, "int8", 20.0)]
+    assert [one.name for one in worst_layers(layers)][:3] == ["int8.9", "int4.10", "int4.0"]
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_of_few_layers_the_bits_say_what_is_ordinary(form):
+    """Of four and more their median does."""
+    low = {"int8": 28.0, "int4": 18.0}[form] - 6
+    for db, out in ((low + 0.1, False), (low - 0.1, True)):
+        layers = [layer_result(i, form, db) for i in range(3)]
+        step = compare.Step(500.0, 1.0, 1, quality.Energy(1.0, 0.01))
+        text = compare_report(compare.Compared([step], step, layers))
+        assert text.count(": stands out; ") == 3 * out
+        assert ("No layer stands out. If the whole is not near enough: " in text) != out
+        text = compare_report(compare.Compared([step], step, [*layers, layers[0]]))
+        assert ": stands out; " not in text
+
+
 @pytest.mark.parametrize(
     ("name", "factor"),
     [
