@@ -9,7 +9,7 @@ import torch
 from ..formats import FORMATS, files
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..loaders import device as devices
-from ..loaders import expected
+from ..loaders import expected, trial
 from ..quantize import engine, modelopt, needs, prediction, whose
 from ..quantize.bridge.unet import unet_of
 from ..quantize.layers import LINEAR_AND_CONV
@@ -79,8 +79,10 @@ def plan(model, recipe: Recipe | Mixed, calibration=None) -> tuple[str, dict]:
     running = None
     if call is not None:
         dense = expected.in_floating_point(chosen, found.made.layers)
-        on_cpu = model.load_device.type == "cpu"
-        running = needs.call_peak(source, plans, trials, call, dense, on_cpu)
+        working = None
+        if model.load_device.type == "cpu":
+            working = trial.working(found.made, model, chosen, call.inputs)
+        running = needs.call_peak(source, plans, trials, call, dense, working)
     to_quantize = needs.memory(model, found.made, plans, trials, call)
     seconds = needs.seconds(source, plans, trials, call, records)
     step()

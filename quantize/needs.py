@@ -13,7 +13,8 @@ import torch
 
 from ..formats import FORMATS, blocks
 from ..formats.checkpoint import QuantizedCheckpoint
-from ..utils.memory import peak_of, watched
+from ..utils import finite
+from ..utils.memory import Watched, peak_of, watched
 from ..utils.progress import detail
 from ..utils.timing import synchronize
 from . import clipping, engine, modelopt, quality, whose
@@ -44,16 +45,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded UNet call of the MODEL in 16 or 32 bits. peak: bytes, None where torch does not
-    count them; live: of them, what was there when each layer was called. shape: of the latent;
-    tokens: that each Linear was given; itemsize: bytes of a number they were given."""
+    """One recorded UNet call of the MODEL in 16 or 32 bits. memory: of it and each of its layers.
+    shape: of the latent; inputs: shapes of what each layer was given; itemsize: bytes of a number
+    they were given."""
 
     seconds: float
-    peak: int | None
-    live: Mapping[str, int]
+    memory: Watched
     shape: tuple[int, ...]
-    tokens: Mapping[str, int]
+    inputs: Mapping[str, tuple[int, ...]]
     itemsize: int
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes at the highest, None where torch does not count them."""
+        return self.memory.peak
 
 
 def key(one: LayerPlan) -> tuple[str, str, str]:
@@ -151,28 +156,29 @@ def try_call(model, record, step: Callable[[], None] = lambda: None) -> Call:
             quality.outputs(unet, [record], device, dtype, lambda: None)
 
         layers = {name: m for name, m in unet.named_modules() if kind_of(m) is not None}
-        tokens: dict[str, int] = {}
-        with _counted(layers, tokens):
-            _, peak, live = watched(call, device, layers)
+        inputs: dict[str, tuple[int, ...]] = {}
+        with _noted(layers, inputs):
+            _, memory = watched(call, device, layers)
         step()
         started = time.perf_counter()
         call()
         synchronize(device)
     seconds, shape = time.perf_counter() - started, tuple(record.x.shape)
-    return Call(seconds, peak, live, shape, tokens, dtype.itemsize)
+    return Call(seconds, memory, shape, inputs, dtype.itemsize)
 
 
 @contextlib.contextmanager
-def _counted(layers: Mapping[str, torch.nn.Module], tokens: dict[str, int]) -> Iterator[None]:
-    """While it lasts, `tokens` gets how many each Linear is given."""
+def _noted(
+    layers: Mapping[str, torch.nn.Module], inputs: dict[str, tuple[int, ...]]
+) -> Iterator[None]:
+    """While it lasts, `inputs` gets the shape of the largest that each layer is given."""
 
     def note(name: str, x: torch.Tensor) -> None:
-        tokens[name] = max(tokens.get(name, 0), x.numel() // x.shape[-1])
+        inputs[name] = max(inputs.get(name, (0,)), tuple(x.shape), key=math.prod)
 
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
         for name, module in layers.items()
-        if kind_of(module) == "linear"
     ]
     try:
         yield
@@ -187,27 +193,35 @@ def call_peak(
     trials: Mapping[tuple[str, str, str], Trial],
     call: Call,
     dequantized: Collection[str],
-    on_cpu: bool,
+    working: Mapping[str, int] | None,
 ) -> int | None:
-    """Bytes that a call of the quantized UNet takes beside its weights, at its highest: as `call`,
-    or what is there when a layer's weight is used in floating point, and that.
+    """Bytes that a call of the quantized UNet takes beside its weights, at its highest. None where
+    memory is not counted.
 
-    dequantized: names of layers that run so. On a CPU what stays in 16 bits is cast to 32 for each
-    call, and PyTorch's convolutions copy a weight into an order of their own. None where memory is
-    not counted.
+    working: on a CPU, what each quantized layer takes (`loaders.trial`); all else is as in `call`, but
+    that weights held in 32 bits there stay in 16 here, and are cast for each call. Elsewhere None: as
+    `call`, or what is there when the weight of a layer of `dequantized` is used so, and that.
     """
     if call.peak is None:
         return None
-    highest = call.peak
-    for name, live in call.live.items():
-        weight = source.get_submodule(name).weight
-        plain = 4 * weight.numel() * (2 if weight.ndim == 4 else 1) if on_cpu else 0
-        if name in dequantized:
-            plain = max(plain, round(trials[key(plans[name])].reading * weight.numel()))
+    highest = call.peak if working is None else call.memory.outside
+    for name, live in call.memory.live.items():
+        module = source.get_submodule(name)
+        if working is None:
+            if name in dequantized:
+                plain = trials[key(plans[name])].reading * module.weight.numel()
+                highest = max(highest, live + round(plain))
         elif name in plans:
-            continue
-        highest = max(highest, live + plain)
+            highest = max(highest, live + working[name])
+        else:
+            cast = _cast(module) if call.itemsize == 4 else 0
+            highest = max(highest, call.memory.inside[name] + cast)
     return highest
+
+
+def _cast(module: torch.nn.Module) -> int:
+    """Bytes in 32 bits of a layer's parameters that are held so; the others were cast in the call."""
+    return sum(p.nbytes for p in module.parameters(recurse=False) if p.dtype.itemsize == 4)
 
 
 def memory(
@@ -238,7 +252,7 @@ def memory(
             whole = 0  # streamed from RAM
         return round(whole + max(calling, *working.values())), made.nbytes()
     held = sum(own.values())
-    highest = held + calling
+    highest = max(held + calling, sum(_own(model, {}).values()) + _checking(source))
     packed = dict.fromkeys(plans, 0)
     for name, tensor in made.tensors.items():
         if (module := name.rpartition(".")[0]) in packed:
@@ -256,6 +270,11 @@ def memory(
     return round(max(highest, held)), 0
 
 
+def _checking(source: torch.nn.Module) -> int:
+    """Bytes that looking for NaN takes, at its highest, before anything else is done."""
+    return max((finite.working(x) for x in source.parameters() if x.is_floating_point()), default=0)
+
+
 def _clipping(
     source: torch.nn.Module,
     plans: Mapping[str, LayerPlan],
@@ -268,11 +287,12 @@ def _clipping(
         return 0.0
     kept, highest = 0, 0.0
     for name, one in plans.items():
-        if one.algorithm == AWQ_FULL and name in call.tokens:
+        if one.algorithm == AWQ_FULL and name in call.inputs:
             weight = source.get_submodule(name).weight
             kept += clipping.kept(weight)
-            found = clipping.searching(weight, call.tokens[name], call.itemsize, working[name])
-            highest = max(highest, call.live.get(name, 0) + found)
+            tokens = math.prod(call.inputs[name][:-1])
+            found = clipping.searching(weight, tokens, call.itemsize, working[name])
+            highest = max(highest, call.memory.live.get(name, 0) + found)
     return kept + highest
 
 

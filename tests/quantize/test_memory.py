@@ -66,10 +66,10 @@ def held(recipe: Recipe, count: int) -> dict[str, int]:
     gc.collect()
     gc.disable()  # what refers to itself in a cycle would be freed by chance
     try:
-        made, peak, live = watched(run, torch.device("cpu"), marks)
+        made, found = watched(run, torch.device("cpu"), marks)
     finally:
         gc.enable()
-    return {**live, "peak": peak, "made": made}
+    return {**found.live, "peak": found.peak, "made": made}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,3 +91,23 @@ def test_many_layers_take_no_more_than_one_beside_the_model(form, algorithm):
     searched = SEARCHED * blocks if algorithm == AWQ_FULL else 0
     more = (MANY - 1) * (left + searched)
     assert many["peak"] <= many["model"] + temporaries + more
+
+
+def test_what_is_there_around_calls():
+    """Bytes at the highest in each module, before it, and where none runs."""
+    modules = {name: torch.nn.Linear(100, 25, bias=False) for name in ("one", "two", "not called")}
+
+    def run() -> None:
+        with torch.no_grad():
+            x = torch.ones(1, 100)
+            modules["one"](x)
+            y = torch.ones(1, 200)
+            modules["two"](y[:, :100])
+            modules["one"](x)
+            del y
+            torch.ones(1, 500)
+
+    _, found = watched(run, torch.device("cpu"), modules)
+    assert found.live == {"one": 1200, "two": 1200}
+    assert found.inside == {"one": 1300, "two": 1300}
+    assert found.outside == found.peak == 2400

@@ -13,7 +13,7 @@ import torch
 from comfyui_modelopt.devtools import synthetic
 from comfyui_modelopt.formats import files
 from comfyui_modelopt.formats.checkpoint import PER_TOKEN
-from comfyui_modelopt.loaders import expected, info
+from comfyui_modelopt.loaders import expected, info, trial
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, needs, prediction
 from comfyui_modelopt.quantize.bridge import sampling
@@ -46,6 +46,7 @@ WITHOUT = [
     Recipe("int4", "max", skip=FEW),
     Recipe("fp8_e5m2", skip=FEW),
 ]
+SMALL, LARGE = (8, 8), (16, 16)  # latents
 SAMPLING = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
 
 
@@ -226,32 +227,70 @@ PATCHED = [Recipe("int8", "max"), Recipe("nvfp4", "max", layers=LINEAR_ONLY)]
     ids=lambda value: name(value) if isinstance(value, Recipe) else ("lora" if value else ""),
 )
 def test_memory_is_as_measured(recipe, lora, sd15, checkpoints, short):
+    check_memory(patched(sd15[0], checkpoints) if lora else sd15[0], recipe, short)
+
+
+# what is largest where: a cast weight that stays in 16 bits, a weight that is looked through for NaN,
+# a quantized convolution's own work space, the picture
+HELD = [
+    (torch.float16, Recipe("int8", "max"), SMALL, False),
+    (torch.bfloat16, Recipe("int8", "max"), LARGE, False),
+    (torch.float16, Recipe("int8", "max"), SMALL, True),
+    (torch.float16, Recipe("fp8", "max", layers=LINEAR_ONLY, activations=PER_TOKEN), SMALL, False),
+    (torch.float16, Recipe("mxfp8"), SMALL, False),
+    (torch.bfloat16, Recipe("mxfp8", skip=FEW), SMALL, False),
+    (torch.bfloat16, Recipe("nvfp4", "max"), SMALL, False),
+    (torch.float16, Recipe("int4", "max", skip=FEW), LARGE, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recipe", "latent", "lora"),
+    HELD,
+    ids=[f"{dtype} {name(recipe)} {size} {lora}" for dtype, recipe, size, lora in HELD],
+)
+def test_memory_of_what_is_held_in_16_bits(dtype, recipe, latent, lora, checkpoints):
+    """ComfyUI then computes in 32 bits on a CPU, and casts each weight for each call."""
+    state = {name: t.to(dtype) for name, t in synthetic.unet_state_dict("sd15").items()}
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
+    assert model.model.diffusion_model.input_blocks[1][0].in_layers[2].weight.dtype == dtype
+    assert model.model.get_dtype_inference() == torch.float32
+    generator = torch.Generator().manual_seed(1)
+    given = [[torch.randn(1, 77, 768, generator=generator), {}]]
+    calls = record(model, given, given, {"samples": torch.zeros(1, 4, *latent)})
+    check_memory(patched(model, checkpoints) if lora else model, recipe, calls)
+
+
+def patched(model, checkpoints):
+    """The MODEL with a LoRA."""
+    weights = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
+    return comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)[0]
+
+
+def check_memory(model, recipe: Recipe, calls) -> None:
     """Weights as held to the byte; what quantizing and a UNet call take within 10%, as torch's own
     allocator counts it."""
-    model, device = sd15[0], torch.device("cpu")
-    if lora:
-        weights = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
-        model = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)[0]
-    source = model.model.diffusion_model
+    source, device = model.model.diffusion_model, torch.device("cpu")
     _, plans, _ = engine.prepared(source, recipe)
-    planned = prediction.checkpoint(model, recipe, plans, short)
-    trials, call = needs.try_layers(source, plans, device), needs.try_call(model, next(iter(short)))
+    planned = prediction.checkpoint(model, recipe, plans, calls)
+    trials, call = needs.try_layers(source, plans, device), needs.try_call(model, next(iter(calls)))
     chosen = expected.kernels(planned, model)
     dequantized = expected.in_floating_point(chosen, planned.layers)
-    running = needs.call_peak(source, plans, trials, call, dequantized, True)
+    working = trial.working(planned, model, chosen, call.inputs)
+    running = needs.call_peak(source, plans, trials, call, dequantized, working)
     quantizing, ram = needs.memory(model, planned, plans, trials, call)
 
     comfy.model_management.unload_all_models()  # what quantizing would free is not what it takes
     gc.collect()
-    made, peak = peak_of(lambda: engine.quantize_model(model, recipe, short), device)
+    made, peak = peak_of(lambda: engine.quantize_model(model, recipe, calls), device)
     assert ram == 0
     assert quantizing == pytest.approx(peak, rel=0.1)
     loaded = loader.load(made.checkpoint)
     assert chosen == loader.kernels(loaded)
     held = info.weight_bytes(loaded)
     assert expected.held_bytes(planned, model) == held
-    real = needs.try_call(loaded, next(iter(short)))
-    assert held + running == pytest.approx(held + real.peak, rel=0.1)
+    real = needs.try_call(loaded, next(iter(calls)))
+    assert running == pytest.approx(real.peak, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from comfyui_modelopt.utils import finite
 from comfyui_modelopt.utils.finite import all_finite
+from comfyui_modelopt.utils.memory import peak_of
 from comfyui_modelopt.utils.text import DEEPEST, brief, brief_repr, read_json
 
 
@@ -44,3 +46,11 @@ def test_one_infinity_anywhere(dtype, monkeypatch):
         assert all_finite(made.to(dtype))
         made[place] = torch.inf
         assert not all_finite(made.to(dtype).reshape(10, 10).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_memory_of_looking_for_infinities(dtype, monkeypatch):
+    monkeypatch.setattr("comfyui_modelopt.utils.finite.PIECE", 4096)
+    for size in (1000, 10_000):
+        made = torch.ones(size, dtype=dtype)
+        assert peak_of(lambda made=made: all_finite(made), made.device)[1] == finite.working(made)
