@@ -446,6 +446,16 @@ def test_a_layer_that_gives_nan_is_lost(sd15, pair, quantized, short):
     )
 
 
+@pytest.mark.parametrize("db", [math.inf, -math.inf])
+def test_a_median_is_of_those_that_have_a_number(db):
+    layers = [layer_result(i, "int8", 30.0 + i) for i in range(3)]
+    layers += [layer_result(i, "int8", db) for i in range(3, 8)]
+    step = compare.Step(500.0, 1.0, 1, quality.Energy(1.0, 0.01))
+    text = compare_report(compare.Compared([step], step, layers))
+    assert "  8 Linear layers in int8: median 31.0 dB\n" in text
+    assert text.count("(int8): stands out; ") == (0 if db > 0 else 5)
+
+
 def test_psnr_of_several_pictures_is_that_of_all_pixels(sd15):
     """One that is identical does not make it exact."""
     step = compare.Step(500.0, 1.0, 1, quality.Energy(1.0, 0.01))
