@@ -75,7 +75,8 @@ def test_text_and_chart(server, done):
     shown = result.outputs[node]
     (text,) = shown["text"]
     assert re.match(r"SQNR \d+\.\d dB over 4 recorded UNet calls: noise of ", text)
-    assert "18 convolution layers in int8: median " in text
+    assert "  10 convolution layers in int8: median " in text
+    assert "  8 1x1 convolution layers in int8: median " in text
     assert "40 Linear layers in int8: median " in text
     figures = shown["modelopt"][0]
     named = re.findall(r"^  \d\. +\d+\.\d dB  (\S+) \(int8\)(: stands out)?", text, re.MULTILINE)
