@@ -85,3 +85,63 @@ def test_what_is_over_by_less_than_the_solver_sees():
     limit = 1_000_000_900.0  # both of least noise are 100 bytes over it
     found = assign.total(groups, assign.least_noise(groups, limit))
     assert found.size <= limit and found.noise == 3.0
+
+
+def spread_of(seed: int, decades: int, count: int = 6) -> list[list[Option]]:
+    """Layers whose noise is far apart."""
+    rng = random.Random(100 * seed + decades)
+    found = []
+    for _ in range(count):
+        weights = 10 ** rng.uniform(4, 6)
+        noise = 10 ** rng.uniform(-decades / 2, decades / 2)
+        found.append(
+            [
+                Option(weights * bits / 8, noise * 4.0 ** (8 - bits) * rng.uniform(0.5, 2))
+                for bits in (4, 4.5, 6, 8)
+            ]
+        )
+        if rng.random() < 0.5:
+            found[-1].append(Option(2 * weights, 0.0))
+    return found
+
+
+@pytest.mark.parametrize("decades", [2, 4, 6, 8, 10, 12])
+def test_the_best_also_where_noise_is_far_apart(decades):
+    """What is small beside the largest noise counts, once that one is taken away."""
+    for seed in range(6):
+        groups = spread_of(seed, decades)
+        tried = all_of(groups)
+        smallest, largest = min(o.size for o in tried), max(o.size for o in tried)
+        for share in (0.03, 0.2, 0.5, 0.8):
+            limit = smallest + share * (largest - smallest)
+            best = min(o.noise for o in tried if o.size <= limit)
+            found = assign.total(groups, assign.least_noise(groups, limit))
+            assert found.size <= limit
+            assert found.noise <= best * 1.001
+        noises = sorted(option.noise for options in groups for option in options)
+        for limit in (3 * noises[len(noises) * share // 10] for share in (3, 6, 9)):
+            sizes = [o.size for o in tried if o.noise <= limit]
+            chosen = assign.least_size(groups, limit)
+            assert (chosen is None) == (not sizes)
+            if chosen is not None:
+                found = assign.total(groups, chosen)
+                assert found.noise <= limit
+                assert found.size <= min(sizes) * 1.001
+
+
+@pytest.mark.parametrize("decades", [0, 6])
+def test_as_many_layers_as_sdxl_has(decades):
+    """Held against a bound of all choices, Lagrange's: of the best price that weighs noise by size."""
+    groups = spread_of(1, decades, count=600)
+    smallest = sum(min(o.size for o in g) for g in groups)
+    largest = sum(max(o.size for o in g) for g in groups)
+    for share in (0.05, 0.3):
+        limit = smallest + share * (largest - smallest)
+        found = assign.total(groups, assign.least_noise(groups, limit))
+
+        def bound(price, limit=limit):
+            return sum(min(o.noise + price * o.size for o in g) for g in groups) - price * limit
+
+        best = max(bound(10 ** (power / 20)) for power in range(-300, 60))
+        assert found.size <= limit
+        assert best > 0 and found.noise <= best * 1.05
