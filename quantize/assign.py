@@ -2,7 +2,7 @@
 
 Noise of the layers adds up, as their sizes do: solved to a part in 10^4 by SciPy's HiGHS. What it may
 ignore is absolute, so that all is scaled by a choice that fits, and options that no choice as good can
-have are left out.
+have are left out. Layers below 10^-6 of the budget, its tolerance, may get less than their best.
 """
 
 from __future__ import annotations
