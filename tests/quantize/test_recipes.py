@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfyui_modelopt.formats import FORMATS, blocks
 from comfyui_modelopt.formats.checkpoint import shaping_layers
+from comfyui_modelopt.formats.groups import with_its_input
 from comfyui_modelopt.loaders import dispatch
 from comfyui_modelopt.loaders import unet as loader
 from comfyui_modelopt.quantize import engine, modelopt, quality
@@ -41,6 +42,8 @@ def test_every_layer_is_in_its_format(quantized, recipe):
     made = quantized(recipe)
     shaping = shaping_layers(made.checkpoint.layers)
     assert len(shaping) == 1
+    shaping = {one for name in shaping for one in with_its_input(name)}  # k, and v with it
+    assert len(shaping) == 2
     for name, layer in made.checkpoint.layers.items():
         packed = FORMATS[recipe.format].BITS == 4
         second = name in shaping and packed and FORMATS[recipe.format].SECOND
