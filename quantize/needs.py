@@ -243,8 +243,9 @@ def memory(
     calling = (call.peak or 0) if call is not None else 0
     weights = {name: source.get_submodule(name).weight.numel() for name in plans}
     working = {name: trials[key(one)].packing * weights[name] for name, one in plans.items()}
-    searching = max((working[name] for name, x in plans.items() if x.algorithm in AWQ), default=0)
-    calling = max(calling + searching, _clipping(source, plans, working, call))
+    calling = max(
+        _searching(source, plans, working, call), _clipping(source, plans, working, call), calling
+    )
     if model.load_device.type != "cpu":
         whole = sum(tensor.nbytes for tensor in source.state_dict().values())
         # what the MODEL itself takes there now is given back first
@@ -273,6 +274,27 @@ def memory(
 def _checking(source: torch.nn.Module) -> int:
     """Bytes that looking for NaN takes, at its highest, before anything else is done."""
     return max((finite.working(x) for x in source.parameters() if x.is_floating_point()), default=0)
+
+
+def _searching(
+    source: torch.nn.Module,
+    plans: Mapping[str, LayerPlan],
+    working: Mapping[str, float],
+    call: Call | None,
+) -> float:
+    """Bytes of a call in which AWQ tries its scales, at its highest: what a layer's weight takes to
+    round, beside what the layer was given and has answered; a weight that the call cast is not yet,
+    or no longer, there. Where layers are not told apart, beside the call's peak."""
+    searched = {name: working[name] for name, one in plans.items() if one.algorithm in AWQ}
+    if call is None or not call.memory.inside:
+        peak = (call.peak or 0) if call is not None else 0
+        return peak + max(searched.values(), default=0)
+    highest = 0.0
+    for name, size in searched.items():
+        narrow = [p for p in source.get_submodule(name).parameters() if p.itemsize < call.itemsize]
+        cast = call.itemsize * sum(p.numel() for p in narrow)
+        highest = max(highest, call.memory.inside.get(name, cast) - cast + size)
+    return highest
 
 
 def _clipping(

@@ -240,7 +240,7 @@ HELD = [
     (torch.float16, Recipe("mxfp8"), SMALL, False),
     (torch.bfloat16, Recipe("mxfp8", skip=FEW), SMALL, False),
     (torch.bfloat16, Recipe("nvfp4", "max"), SMALL, False),
-    (torch.float16, Recipe("int4", "max", skip=FEW), LARGE, False),
+    (torch.float16, Recipe("int4", layers=LINEAR_ONLY, skip=FEW), SMALL, False),
 ]
 
 
