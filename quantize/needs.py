@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from ..utils.progress import detail
 from ..utils.timing import synchronize
 from . import clipping, engine, modelopt, quality, whose
 from .layers import kind_of
-from .recipe import AWQ, AWQ_FULL, MSE, SMOOTHQUANT, SVDQUANT, LayerPlan
+from .recipe import AWQ, AWQ_FULL, AWQ_LITE, MSE, SMOOTHQUANT, SVDQUANT, LayerPlan
 
 # weights of the layer that is tried, of those with the largest kernel: the largest of at most so many,
 # or where packing takes long (SLOW) the smallest of at least so many
@@ -34,12 +34,14 @@ AWQ_TRIALS = 11
 @dataclass(frozen=True)
 class Trial:
     """A layer that was packed. seconds: for each unit of its `work`; rounding: for each weight, to
-    round it alone. packing, reading: bytes of memory a weight while it is packed, and while its
-    values are used dequantized; 0 where torch does not count them."""
+    round it alone. packing, searching, reading: bytes of memory a weight while it is packed, while
+    one of AWQ's scales is tried, and while its values are used dequantized; 0 where torch does not
+    count them."""
 
     seconds: float
     rounding: float
     packing: float
+    searching: float
     reading: float
 
 
@@ -125,9 +127,16 @@ def _try(weight: torch.Tensor, one: LayerPlan, device: torch.device) -> Trial:
     synchronize(device)
     rounding = time.perf_counter() - started
     _, reading = peak_of(lambda: numerics.dequantize(stored, shape).to(weight.dtype), device)
+    searching = packing
+    if one.algorithm == SVDQUANT:  # its SVD comes after the search
+        _, searching = peak_of(lambda: _pack(weight, replace(one, algorithm=AWQ_LITE)), device)
     count = weight.numel()
     return Trial(
-        seconds / work(shape, one), rounding / count, (packing or 0) / count, (reading or 0) / count
+        seconds / work(shape, one),
+        rounding / count,
+        (packing or 0) / count,
+        (searching or 0) / count,
+        (reading or 0) / count,
     )
 
 
@@ -243,8 +252,13 @@ def memory(
     calling = (call.peak or 0) if call is not None else 0
     weights = {name: source.get_submodule(name).weight.numel() for name in plans}
     working = {name: trials[key(one)].packing * weights[name] for name, one in plans.items()}
+    searched = {
+        name: trials[key(one)].searching * weights[name]
+        for name, one in plans.items()
+        if one.algorithm in AWQ
+    }
     calling = max(
-        _searching(source, plans, working, call), _clipping(source, plans, working, call), calling
+        _searching(source, searched, call), _clipping(source, plans, working, call), calling
     )
     if model.load_device.type != "cpu":
         whole = sum(tensor.nbytes for tensor in source.state_dict().values())
@@ -277,15 +291,11 @@ def _checking(source: torch.nn.Module) -> int:
 
 
 def _searching(
-    source: torch.nn.Module,
-    plans: Mapping[str, LayerPlan],
-    working: Mapping[str, float],
-    call: Call | None,
+    source: torch.nn.Module, searched: Mapping[str, float], call: Call | None
 ) -> float:
     """Bytes of a call in which AWQ tries its scales, at its highest: what a layer's weight takes to
     round, beside what the layer was given and has answered; a weight that the call cast is not yet,
     or no longer, there. Where layers are not told apart, beside the call's peak."""
-    searched = {name: working[name] for name, one in plans.items() if one.algorithm in AWQ}
     if call is None or not call.memory.inside:
         peak = (call.peak or 0) if call is not None else 0
         return peak + max(searched.values(), default=0)

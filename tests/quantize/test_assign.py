@@ -129,6 +129,23 @@ def test_the_best_also_where_noise_is_far_apart(decades):
                 assert found.size <= min(sizes) * 1.001
 
 
+def test_the_best_also_where_sizes_are_far_apart():
+    for seed in range(10):
+        rng = random.Random(seed)
+        groups = []
+        for _ in range(6):
+            weights = 10 ** rng.uniform(2, 9)
+            sizes = [weights * bits / 8 for bits in (4, 4.5, 6, 8)]
+            groups.append([Option(size, 10 ** rng.uniform(-7, 7)) for size in sizes])
+        tried = all_of(groups)
+        smallest, largest = min(o.size for o in tried), max(o.size for o in tried)
+        for share in (0.03, 0.2, 0.5, 0.8):
+            limit = smallest + share * (largest - smallest)
+            found = assign.total(groups, assign.least_noise(groups, limit))
+            assert found.size <= limit
+            assert found.noise <= min(o.noise for o in tried if o.size <= limit) * 1.001
+
+
 @pytest.mark.parametrize("decades", [0, 6])
 def test_as_many_layers_as_sdxl_has(decades):
     """Held against a bound of all choices, Lagrange's: of the best price that weighs noise by size."""

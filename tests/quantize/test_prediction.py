@@ -241,6 +241,8 @@ HELD = [
     (torch.bfloat16, Recipe("mxfp8", skip=FEW), SMALL, False),
     (torch.bfloat16, Recipe("nvfp4", "max"), SMALL, False),
     (torch.float16, Recipe("int4", layers=LINEAR_ONLY, skip=FEW), SMALL, False),
+    (torch.float16, Recipe("int4", "svdquant", layers=LINEAR_ONLY, skip=FEW), SMALL, False),
+    (torch.bfloat16, Recipe("nvfp4", "svdquant", layers=LINEAR_ONLY, skip=FEW), SMALL, False),
 ]
 
 
