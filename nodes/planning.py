@@ -10,7 +10,7 @@ from ..formats import FORMATS, files
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..loaders import device as devices
 from ..loaders import expected, trial
-from ..quantize import engine, modelopt, needs, prediction, whose
+from ..quantize import engine, modelopt, needs, prediction, trying, whose
 from ..quantize.bridge.unet import unet_of
 from ..quantize.layers import LINEAR_AND_CONV
 from ..quantize.mixed import Mixed
@@ -71,8 +71,8 @@ def plan(model, recipe: Recipe | Mixed, calibration=None) -> tuple[str, dict]:
     found = sizes(model, recipe, calibration)
     records = len(calibration) if calibration is not None else 0
     missing = not records and any(one.calibrates for one in plans.values())
-    step = progress(len({needs.key(one) for one in plans.values()}) + 3)
-    trials = needs.try_layers(source, plans, model.load_device, step)
+    step = progress(len(set(trying.keys(source, plans).values())) + 3)
+    trials = trying.layers(source, plans, model.load_device, step)
     call = needs.try_call(model, next(iter(calibration)), step) if records else None
     step()
     chosen = expected.kernels(found.made, model)

@@ -157,7 +157,7 @@ def activations_config(plans: Mapping[str, LayerPlan], everything: list[str]) ->
         if config is not None:
             entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": config})
         if plan.algorithm in AWQ:
-            weight = backend.NVFP4 if plan.format == "nvfp4" else INT4_BLOCKS
+            weight = _searched_config(plan.format)
             entries.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": weight})
             algorithms.add(AWQ_FULL if plan.algorithm == AWQ_FULL else "awq_lite")
     entries += [
@@ -165,6 +165,25 @@ def activations_config(plans: Mapping[str, LayerPlan], everything: list[str]) ->
     ]
     algorithm = {"method": algorithms.pop(), "debug": True} if algorithms else MAX
     return {"quant_cfg": entries, "algorithm": algorithm}
+
+
+def _searched_config(format: str) -> dict:
+    """ModelOpt's attributes of a layer's weight quantizer while AWQ searches."""
+    return backend.NVFP4 if format == "nvfp4" else INT4_BLOCKS
+
+
+def searching(weight: torch.Tensor, format: str) -> Callable[[], torch.Tensor]:
+    """What AWQ does to a weight [N, K] for each scale it tries: smoothed, and rounded as `calibrate`
+    has it done. On the CPU: on others ModelOpt may have to compile first."""
+    require()
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    backend.register()
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(**_searched_config(format)))
+    quantizer.pre_quant_scale = torch.ones(weight.shape[1], dtype=weight.dtype)
+    weight = weight.cpu()
+    return lambda: quantizer(weight)
 
 
 def calibrate(

@@ -7,42 +7,23 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from ..formats import FORMATS, blocks
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils import finite
-from ..utils.memory import Watched, peak_of, watched
-from ..utils.progress import detail
+from ..utils.memory import Watched, watched
 from ..utils.timing import synchronize
-from . import clipping, engine, modelopt, quality, whose
+from . import clipping, engine, modelopt, quality
 from .layers import kind_of
-from .recipe import AWQ, AWQ_FULL, AWQ_LITE, MSE, SMOOTHQUANT, SVDQUANT, LayerPlan
+from .recipe import AWQ, AWQ_FULL, LayerPlan
+from .trying import Trial, factors, key, keys, work
 
-# weights of the layer that is tried, of those with the largest kernel: the largest of at most so many,
-# or where packing takes long (SLOW) the smallest of at least so many
-LARGEST, SMALLEST = 2**22, 2**17
-SLOW = (MSE, SVDQUANT)
 # bytes a weight of `pack.sixteen_bits`, beside its result: torch's isfinite
 FINITE = 5
 # scales that ModelOpt's AWQ tries for a layer: alpha from 0 to 1 in steps of 0.1
 AWQ_TRIALS = 11
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A layer that was packed. seconds: for each unit of its `work`; rounding: for each weight, to
-    round it alone. packing, searching, reading: bytes of memory a weight while it is packed, while
-    one of AWQ's scales is tried, and while its values are used dequantized; 0 where torch does not
-    count them."""
-
-    seconds: float
-    rounding: float
-    packing: float
-    searching: float
-    reading: float
 
 
 @dataclass(frozen=True)
@@ -61,96 +42,6 @@ class Call:
     def peak(self) -> int | None:
         """Bytes at the highest, None where torch does not count them."""
         return self.memory.peak
-
-
-def key(one: LayerPlan) -> tuple[str, str, str]:
-    """Layers of one key are packed alike."""
-    return one.format, one.algorithm, one.kind
-
-
-def work(shape: tuple[int, ...], one: LayerPlan) -> float:
-    """What the time to pack a weight grows with: its size; of SVDQuant, the flops of the SVD."""
-    return math.prod(shape) * (min(shape[:2]) if one.algorithm == SVDQUANT else 1)
-
-
-def try_layers(
-    source: torch.nn.Module,
-    plans: Mapping[str, LayerPlan],
-    device: torch.device,
-    step: Callable[[], None] = lambda: None,
-) -> dict[tuple[str, str, str], Trial]:
-    """Packs a small layer of each key, without its patches; the model is not changed."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for name, one in plans.items():
-        groups.setdefault(key(one), []).append(name)
-    found = {}
-    # AWQ's search is not tried
-    trying = {name: one for name, one in plans.items() if one.algorithm == MSE}
-    if asked := whose.kernels_needed(trying, device):
-        modelopt.build_kernels(asked)
-        detail("Packing a layer of each kind")
-    with torch.inference_mode(False), torch.no_grad():
-        for which, names in groups.items():
-            weights = {name: source.get_submodule(name).weight for name in names}
-            name = _chosen(weights, plans[names[0]].algorithm in SLOW)
-            weight = source.get_submodule(name).weight.data.to(device, copy=True)
-            found[which] = _try(weight, plans[name], device)
-            step()
-    return found
-
-
-def _chosen(weights: Mapping[str, torch.Tensor], slow: bool) -> str:
-    """The layer to try. A convolution of one position is packed without a copy in another order."""
-    kernel = max(weight.shape[2:].numel() for weight in weights.values())
-    sizes = {
-        name: weight.numel()
-        for name, weight in weights.items()
-        if weight.shape[2:].numel() == kernel
-    }
-    if slow:
-        fitting = [name for name in sizes if sizes[name] >= SMALLEST]
-        return min(fitting, key=sizes.get) if fitting else max(sizes, key=sizes.get)
-    fitting = [name for name in sizes if sizes[name] <= LARGEST]
-    return max(fitting, key=sizes.get) if fitting else min(sizes, key=sizes.get)
-
-
-def _try(weight: torch.Tensor, one: LayerPlan, device: torch.device) -> Trial:
-    shape = tuple(weight.shape)
-    (stored, _), packing = peak_of(lambda: _pack(weight, one), device)
-    started = time.perf_counter()
-    _, (rest, amax) = _pack(weight, one)
-    synchronize(device)
-    seconds = time.perf_counter() - started
-    numerics = FORMATS[one.format]
-    started = time.perf_counter()
-    numerics.quantize(rest, amax)
-    synchronize(device)
-    rounding = time.perf_counter() - started
-    _, reading = peak_of(lambda: numerics.dequantize(stored, shape).to(weight.dtype), device)
-    searching = packing
-    if one.algorithm == SVDQUANT:  # its SVD comes after the search
-        _, searching = peak_of(lambda: _pack(weight, replace(one, algorithm=AWQ_LITE)), device)
-    count = weight.numel()
-    return Trial(
-        seconds / work(shape, one),
-        rounding / count,
-        (packing or 0) / count,
-        (searching or 0) / count,
-        (reading or 0) / count,
-    )
-
-
-def _pack(weight: torch.Tensor, one: LayerPlan):
-    """The operations of `pack` on a weight whose recording is not there: smoothing by ones. What is
-    stored, and what the format's `quantize` took."""
-    if one.algorithm in AWQ or one.algorithm == SMOOTHQUANT:
-        ones = torch.ones(weight.shape[1], device=weight.device)
-        weight = (weight * ones[None, :]).to(weight.dtype)
-    if one.algorithm == SVDQUANT:
-        *_, weight = modelopt.svd(weight, one.rank)
-    plain = LayerPlan(one.kind, one.format, "max") if one.algorithm == AWQ_FULL else one
-    amax = modelopt.weight_amax(blocks.flatten(weight), plain)
-    return FORMATS[one.format].quantize(weight, amax), (weight, amax)
 
 
 def try_call(model, record, step: Callable[[], None] = lambda: None) -> Call:
@@ -199,7 +90,7 @@ def _noted(
 def call_peak(
     source: torch.nn.Module,
     plans: Mapping[str, LayerPlan],
-    trials: Mapping[tuple[str, str, str], Trial],
+    trials: Mapping[tuple, Trial],
     call: Call,
     dequantized: Collection[str],
     working: Mapping[str, int] | None,
@@ -218,7 +109,8 @@ def call_peak(
         module = source.get_submodule(name)
         if working is None:
             if name in dequantized:
-                plain = trials[key(plans[name])].reading * module.weight.numel()
+                shape = tuple(module.weight.shape)
+                plain = trials[key(plans[name], shape)].reading * math.prod(shape)
                 highest = max(highest, live + round(plain))
         elif name in plans:
             highest = max(highest, live + working[name])
@@ -237,7 +129,7 @@ def memory(
     model,
     made: QuantizedCheckpoint,
     plans: Mapping[str, LayerPlan],
-    trials: Mapping[tuple[str, str, str], Trial],
+    trials: Mapping[tuple, Trial],
     call: Call | None,
 ) -> tuple[int, int]:
     """Peak bytes of tensors that quantizing adds: on the device, and in RAM beside it (0 where the
@@ -250,12 +142,16 @@ def memory(
     source = bridge.unet_of(model)
     own = _own(model, plans)
     calling = (call.peak or 0) if call is not None else 0
-    weights = {name: source.get_submodule(name).weight.numel() for name in plans}
-    working = {name: trials[key(one)].packing * weights[name] for name, one in plans.items()}
+    shapes = {name: tuple(source.get_submodule(name).weight.shape) for name in plans}
+    tried = {name: trials[which] for name, which in keys(source, plans).items()}
+    working = {
+        name: one.packing * math.prod(shapes[name]) + factors(shapes[name], plans[name])
+        for name, one in tried.items()
+    }
     searched = {
-        name: trials[key(one)].searching * weights[name]
-        for name, one in plans.items()
-        if one.algorithm in AWQ
+        name: one.searching * math.prod(shapes[name])
+        for name, one in tried.items()
+        if plans[name].algorithm in AWQ
     }
     calling = max(
         _searching(source, searched, call), _clipping(source, plans, working, call), calling
@@ -290,20 +186,29 @@ def _checking(source: torch.nn.Module) -> int:
     return max((finite.working(x) for x in source.parameters() if x.is_floating_point()), default=0)
 
 
-def _searching(
-    source: torch.nn.Module, searched: Mapping[str, float], call: Call | None
-) -> float:
-    """Bytes of a call in which AWQ tries its scales, at its highest: what a layer's weight takes to
-    round, beside what the layer was given and has answered; a weight that the call cast is not yet,
-    or no longer, there. Where layers are not told apart, beside the call's peak."""
-    if call is None or not call.memory.inside:
+def _searching(source: torch.nn.Module, searched: Mapping[str, float], call: Call | None) -> float:
+    """Bytes of a call in which AWQ tries its scales, at its highest. searched: what a layer's weight
+    takes to round. Where layers are not told apart, beside the call's peak.
+
+    ModelOpt's `awq_lite` keeps of a layer the answer in 16 or 32 bits and that of the scale before. To
+    it come the input, smoothed, and the weight while it is rounded or then the next answer; or, after
+    that, the difference of the answers and its square.
+    """
+    if call is None or not call.memory.live:
         peak = (call.peak or 0) if call is not None else 0
         return peak + max(searched.values(), default=0)
     highest = 0.0
-    for name, size in searched.items():
-        narrow = [p for p in source.get_submodule(name).parameters() if p.itemsize < call.itemsize]
-        cast = call.itemsize * sum(p.numel() for p in narrow)
-        highest = max(highest, call.memory.inside.get(name, cast) - cast + size)
+    for name, rounding in searched.items():
+        if name not in call.inputs:
+            continue
+        weight, given = source.get_submodule(name).weight, math.prod(call.inputs[name])
+        answer = given // weight.shape[1] * weight.shape[0]
+        rounded = call.itemsize * (given + 3 * answer + weight.numel())
+        if weight.itemsize < call.itemsize:  # ComfyUI casts what was rounded
+            rounded += weight.nbytes
+        found = max(call.itemsize * (given + 2 * answer) + rounding, rounded)
+        found = max(found, call.itemsize * 4 * answer)
+        highest = max(highest, call.memory.live[name] + found)
     return highest
 
 
@@ -356,7 +261,7 @@ def calls(plans: Mapping[str, LayerPlan], records: int) -> int:
 def seconds(
     source: torch.nn.Module,
     plans: Mapping[str, LayerPlan],
-    trials: Mapping[tuple[str, str, str], Trial],
+    trials: Mapping[tuple, Trial],
     call: Call | None,
     records: int,
 ) -> float | None:
@@ -367,10 +272,11 @@ def seconds(
     packing, rounding, searched = 0.0, 0.0, 0
     for name, one in plans.items():
         shape = tuple(source.get_submodule(name).weight.shape)
-        took = trials[key(one)].seconds * work(shape, one)
+        tried = trials[key(one, shape)]
+        took = tried.seconds * work(shape, one)
         packing += took
         if one.algorithm in AWQ:
-            rounding += trials[key(one)].rounding * math.prod(shape)
+            rounding += tried.rounding * math.prod(shape)
             searched += math.prod(shape)
     if not records:
         return packing

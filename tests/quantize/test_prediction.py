@@ -15,7 +15,7 @@ from comfyui_modelopt.formats import files
 from comfyui_modelopt.formats.checkpoint import PER_TOKEN
 from comfyui_modelopt.loaders import expected, info, trial
 from comfyui_modelopt.loaders import unet as loader
-from comfyui_modelopt.quantize import engine, needs, prediction
+from comfyui_modelopt.quantize import engine, needs, prediction, trying
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_ONLY, MODES
 from comfyui_modelopt.quantize.mixed import Mixed
@@ -243,6 +243,24 @@ HELD = [
     (torch.float16, Recipe("int4", layers=LINEAR_ONLY, skip=FEW), SMALL, False),
     (torch.float16, Recipe("int4", "svdquant", layers=LINEAR_ONLY, skip=FEW), SMALL, False),
     (torch.bfloat16, Recipe("nvfp4", "svdquant", layers=LINEAR_ONLY, skip=FEW), SMALL, False),
+    # AWQ's search: answers larger than weights, weights larger than answers
+    (torch.bfloat16, Recipe("int4", layers=LINEAR_ONLY, skip=FEW), LARGE, False),
+    (torch.float32, Recipe("w4a8", layers=LINEAR_ONLY), LARGE, False),
+    (torch.float32, Recipe("nvfp4", layers=LINEAR_ONLY, skip=FEW), LARGE, False),
+    (
+        torch.bfloat16,
+        Recipe("int4", "svdquant", layers=LINEAR_ONLY, skip=("*.attn*",)),
+        SMALL,
+        False,
+    ),
+    # rows of whole blocks, and rows that are padded
+    (torch.float16, Recipe("int4", "mse", skip=("*.attn*", "middle_block.*")), SMALL, False),
+    (
+        torch.bfloat16,
+        Recipe("int4", "mse", layers=LINEAR_ONLY, skip=("input_blocks.*",)),
+        SMALL,
+        False,
+    ),
 ]
 
 
@@ -251,8 +269,8 @@ HELD = [
     HELD,
     ids=[f"{dtype} {name(recipe)} {size} {lora}" for dtype, recipe, size, lora in HELD],
 )
-def test_memory_of_what_is_held_in_16_bits(dtype, recipe, latent, lora, checkpoints):
-    """ComfyUI then computes in 32 bits on a CPU, and casts each weight for each call."""
+def test_memory_of_what_is_held_in_any_dtype(dtype, recipe, latent, lora, checkpoints):
+    """ComfyUI computes in 32 bits on a CPU, and casts each weight in 16 bits for each call."""
     state = {name: t.to(dtype) for name, t in synthetic.unet_state_dict("sd15").items()}
     model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
     assert model.model.diffusion_model.input_blocks[1][0].in_layers[2].weight.dtype == dtype
@@ -275,7 +293,7 @@ def check_memory(model, recipe: Recipe, calls) -> None:
     source, device = model.model.diffusion_model, torch.device("cpu")
     _, plans, _ = engine.prepared(source, recipe)
     planned = prediction.checkpoint(model, recipe, plans, calls)
-    trials, call = needs.try_layers(source, plans, device), needs.try_call(model, next(iter(calls)))
+    trials, call = trying.layers(source, plans, device), needs.try_call(model, next(iter(calls)))
     chosen = expected.kernels(planned, model)
     dequantized = expected.in_floating_point(chosen, planned.layers)
     working = trial.working(planned, model, chosen, call.inputs)

@@ -28,7 +28,8 @@ def make_small(folder: Path) -> None:
     _quantized(folder)
     _calibration(folder / "calibration.safetensors")
     _saved(folder)
-    (folder / "recipe.json").write_text(_recipe(), encoding="utf-8")
+    for name, text in zip(("recipe.json", "recipe-plain.json"), _recipes(), strict=True):
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 # --- our own files ---
@@ -165,13 +166,16 @@ def _calibration(path: Path) -> None:
     save(Calibration((run, run), signature, "mine"), path)
 
 
-def _recipe() -> str:
+def _recipes() -> tuple[str, str]:
+    """Of a mix, and of one recipe for all layers."""
     from comfyui_modelopt.quantize import mixed
     from comfyui_modelopt.quantize.recipe import Recipe
 
     choices = (Recipe("int8", "smoothquant", alpha=0.5), Recipe("int4", "awq_lite"), Recipe("fp8"))
     layers = {f"input_blocks.{i}.1.proj_in": i % 3 for i in range(6)}
-    return mixed.write(mixed.Mixed(choices, layers, {"kind": "bits", "value": 6.0}))
+    mix = mixed.Mixed(choices, layers, {"kind": "bits", "value": 6.0})
+    plain = Recipe("nvfp4", "svdquant", rank=8, skip=("*.ff.*", "input_blocks.0.0"))
+    return mixed.write(mix), mixed.write(plain)
 
 
 # --- ModelOpt's own ---
