@@ -52,8 +52,8 @@ def held_bytes(checkpoint: QuantizedCheckpoint, model) -> int:
 
     model: the MODEL it is made from, or one of the same architecture. What is not quantized is held
     in the dtype that ComfyUI chooses for this device: 16 bits on a CPU, and on a GPU unless it must
-    compute in 32. Not seen: what an architecture makes in 32 bits whatever its dtype (Wan's patch
-    embedding, under 1 MB at 14 B parameters).
+    compute in 32. Not seen: what an architecture makes in 32 bits whatever its dtype, as Wan its patch
+    embeddings.
     """
     device, compute = management.get_torch_device(), compute_dtype(model)
     supported = model.model.model_config.supported_inference_dtypes

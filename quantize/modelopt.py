@@ -174,7 +174,7 @@ def _searched_config(format: str) -> dict:
 
 def searching(weight: torch.Tensor, format: str) -> Callable[[], torch.Tensor]:
     """What AWQ does to a weight [N, K] for each scale it tries: smoothed, and rounded as `calibrate`
-    has it done. On the CPU: on others ModelOpt may have to compile first."""
+    has it done. On the CPU: elsewhere ModelOpt may have to compile first, and then takes no more."""
     require()
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer

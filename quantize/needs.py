@@ -18,7 +18,7 @@ from ..utils.timing import synchronize
 from . import clipping, engine, modelopt, quality
 from .layers import kind_of
 from .recipe import AWQ, AWQ_FULL, LayerPlan
-from .trying import Trial, factors, key, keys, work
+from .trying import Key, Trial, factors, key, keys, work
 
 # bytes a weight of `pack.sixteen_bits`, beside its result: torch's isfinite
 FINITE = 5
@@ -29,14 +29,18 @@ AWQ_TRIALS = 11
 @dataclass(frozen=True)
 class Call:
     """One recorded UNet call of the MODEL in 16 or 32 bits. memory: of it and each of its layers.
-    shape: of the latent; inputs: shapes of what each layer was given; itemsize: bytes of a number
-    they were given."""
+    shape: of the latent; inputs: shapes of what each layer was given; dtype: of that."""
 
     seconds: float
     memory: Watched
     shape: tuple[int, ...]
     inputs: Mapping[str, tuple[int, ...]]
-    itemsize: int
+    dtype: torch.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number that a layer was given."""
+        return self.dtype.itemsize
 
     @property
     def peak(self) -> int | None:
@@ -64,7 +68,7 @@ def try_call(model, record, step: Callable[[], None] = lambda: None) -> Call:
         call()
         synchronize(device)
     seconds, shape = time.perf_counter() - started, tuple(record.x.shape)
-    return Call(seconds, memory, shape, inputs, dtype.itemsize)
+    return Call(seconds, memory, shape, inputs, dtype)
 
 
 @contextlib.contextmanager
@@ -90,7 +94,7 @@ def _noted(
 def call_peak(
     source: torch.nn.Module,
     plans: Mapping[str, LayerPlan],
-    trials: Mapping[tuple, Trial],
+    trials: Mapping[Key, Trial],
     call: Call,
     dequantized: Collection[str],
     working: Mapping[str, int] | None,
@@ -129,7 +133,7 @@ def memory(
     model,
     made: QuantizedCheckpoint,
     plans: Mapping[str, LayerPlan],
-    trials: Mapping[tuple, Trial],
+    trials: Mapping[Key, Trial],
     call: Call | None,
 ) -> tuple[int, int]:
     """Peak bytes of tensors that quantizing adds: on the device, and in RAM beside it (0 where the
@@ -154,7 +158,7 @@ def memory(
         if plans[name].algorithm in AWQ
     }
     calling = max(
-        _searching(source, searched, call), _clipping(source, plans, working, call), calling
+        _searching(source, searched, call), _clipping(source, plans, searched, call), calling
     )
     if model.load_device.type != "cpu":
         whole = sum(tensor.nbytes for tensor in source.state_dict().values())
@@ -191,8 +195,10 @@ def _searching(source: torch.nn.Module, searched: Mapping[str, float], call: Cal
     takes to round. Where layers are not told apart, beside the call's peak.
 
     ModelOpt's `awq_lite` keeps of a layer the answer in 16 or 32 bits and that of the scale before. To
-    it come the input, smoothed, and the weight while it is rounded or then the next answer; or, after
-    that, the difference of the answers and its square.
+    it come the input, smoothed, and the weight while it is rounded, or the rounded weight and the next
+    answer; or, after that, the difference of the answers and its square, in 32 bits. What is smoothed
+    by a scale in the weight's dtype, and all that follows from it, is in 32 bits where the weight is
+    in another dtype than the call.
     """
     if call is None or not call.memory.live:
         peak = (call.peak or 0) if call is not None else 0
@@ -203,11 +209,12 @@ def _searching(source: torch.nn.Module, searched: Mapping[str, float], call: Cal
             continue
         weight, given = source.get_submodule(name).weight, math.prod(call.inputs[name])
         answer = given // weight.shape[1] * weight.shape[0]
-        rounded = call.itemsize * (given + 3 * answer + weight.numel())
-        if weight.itemsize < call.itemsize:  # ComfyUI casts what was rounded
-            rounded += weight.nbytes
-        found = max(call.itemsize * (given + 2 * answer) + rounding, rounded)
-        found = max(found, call.itemsize * 4 * answer)
+        wide = torch.promote_types(call.dtype, weight.dtype)
+        plain, smooth = call.itemsize * answer, wide.itemsize * answer
+        found = wide.itemsize * given + plain + smooth + rounding
+        cast = 0 if weight.dtype == wide else weight.nbytes  # ComfyUI casts what was rounded
+        rounded = wide.itemsize * (given + weight.numel()) + cast
+        found = max(found, rounded + plain + 2 * smooth, plain + smooth + 2 * 4 * answer)
         highest = max(highest, call.memory.live[name] + found)
     return highest
 
@@ -215,7 +222,7 @@ def _searching(source: torch.nn.Module, searched: Mapping[str, float], call: Cal
 def _clipping(
     source: torch.nn.Module,
     plans: Mapping[str, LayerPlan],
-    working: Mapping[str, float],
+    searched: Mapping[str, float],
     call: Call | None,
 ) -> float:
     """Bytes that AWQ_FULL's search for clipping takes beside the weights, at its highest; 0 where
@@ -228,7 +235,7 @@ def _clipping(
             weight = source.get_submodule(name).weight
             kept += clipping.kept(weight)
             tokens = math.prod(call.inputs[name][:-1])
-            found = clipping.searching(weight, tokens, call.itemsize, working[name])
+            found = clipping.searching(weight, tokens, call.itemsize, searched[name])
             highest = max(highest, call.memory.live.get(name, 0) + found)
     return kept + highest
 
@@ -261,7 +268,7 @@ def calls(plans: Mapping[str, LayerPlan], records: int) -> int:
 def seconds(
     source: torch.nn.Module,
     plans: Mapping[str, LayerPlan],
-    trials: Mapping[tuple, Trial],
+    trials: Mapping[Key, Trial],
     call: Call | None,
     records: int,
 ) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..formats import FORMATS, blocks
-from ..utils.memory import peak_of
+from ..utils.memory import COUNTED, peak_of
 from ..utils.progress import detail
 from ..utils.timing import synchronize
 from . import modelopt, whose
@@ -20,6 +20,8 @@ from .recipe import AWQ, AWQ_FULL, MSE, SMOOTHQUANT, SVDQUANT, LayerPlan
 # or where packing takes long (SLOW) the smallest of at least so many
 LARGEST, SMALLEST = 2**22, 2**17
 SLOW = (MSE, SVDQUANT)
+# format, algorithm, kind of layer, whether its rows are padded
+Key = tuple[str, str, str, bool]
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ class Trial:
     reading: float
 
 
-def key(one: LayerPlan, shape: tuple[int, ...]) -> tuple[str, str, str, bool]:
+def key(one: LayerPlan, shape: tuple[int, ...]) -> Key:
     """Layers of one key are packed alike; a weight whose rows are no whole blocks is padded first."""
     block = FORMATS[one.format].BLOCK
     padded = block is not None and math.prod(shape[1:]) % block != 0
     return one.format, one.algorithm, one.kind, padded
 
 
-def keys(source: torch.nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, tuple]:
+def keys(source: torch.nn.Module, plans: Mapping[str, LayerPlan]) -> dict[str, Key]:
     """Layer name -> its key."""
     return {
         name: key(one, tuple(source.get_submodule(name).weight.shape))
@@ -66,15 +68,15 @@ def layers(
     plans: Mapping[str, LayerPlan],
     device: torch.device,
     step: Callable[[], None] = lambda: None,
-) -> dict[tuple, Trial]:
+) -> dict[Key, Trial]:
     """Packs a small layer of each key, without its patches; the model is not changed."""
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[Key, list[str]] = {}
     for name, which in keys(source, plans).items():
         groups.setdefault(which, []).append(name)
     found = {}
-    # AWQ's search is not tried
-    trying = {name: one for name, one in plans.items() if one.algorithm == MSE}
-    if asked := whose.kernels_needed(trying, device):
+    # AWQ's search is tried on the CPU, which needs none
+    searched = {name: one for name, one in plans.items() if one.algorithm == MSE}
+    if asked := whose.kernels_needed(searched, device):
         modelopt.build_kernels(asked)
         detail("Packing a layer of each kind")
     with torch.inference_mode(False), torch.no_grad():
@@ -116,7 +118,7 @@ def _try(weight: torch.Tensor, one: LayerPlan, device: torch.device) -> Trial:
     rounding = time.perf_counter() - started
     _, reading = peak_of(lambda: numerics.dequantize(stored, shape).to(weight.dtype), device)
     searching = None
-    if one.algorithm in AWQ:
+    if one.algorithm in AWQ and device.type in COUNTED:
         search = modelopt.searching(weight, one.format)
         _, searching = peak_of(search, torch.device("cpu"))
     count = weight.numel()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import pytest
@@ -15,12 +17,12 @@ from comfyui_modelopt.formats import files
 from comfyui_modelopt.formats.checkpoint import PER_TOKEN
 from comfyui_modelopt.loaders import expected, info, trial
 from comfyui_modelopt.loaders import unet as loader
-from comfyui_modelopt.quantize import engine, needs, prediction, trying
+from comfyui_modelopt.quantize import engine, modelopt, needs, prediction, trying
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_ONLY, MODES
 from comfyui_modelopt.quantize.mixed import Mixed
-from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, Recipe
-from comfyui_modelopt.utils.memory import peak_of
+from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, LayerPlan, Recipe
+from comfyui_modelopt.utils.memory import Watched, peak_of
 
 from .. import families
 
@@ -247,6 +249,10 @@ HELD = [
     (torch.bfloat16, Recipe("int4", layers=LINEAR_ONLY, skip=FEW), LARGE, False),
     (torch.float32, Recipe("w4a8", layers=LINEAR_ONLY), LARGE, False),
     (torch.float32, Recipe("nvfp4", layers=LINEAR_ONLY, skip=FEW), LARGE, False),
+    # convolutions that round what they are given while others are searched
+    (torch.float16, Recipe("nvfp4", skip=FEW), LARGE, False),
+    (torch.float32, Recipe("w4a8", skip=FEW), LARGE, False),
+    # with the embeddings' layers, the largest: a square weight's SVD
     (
         torch.bfloat16,
         Recipe("int4", "svdquant", layers=LINEAR_ONLY, skip=("*.attn*",)),
@@ -311,6 +317,44 @@ def check_memory(model, recipe: Recipe, calls) -> None:
     assert expected.held_bytes(planned, model) == held
     real = needs.try_call(loaded, next(iter(calls)))
     assert running == pytest.approx(real.peak, rel=0.1)
+
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# weight [N, K], its dtype, the call's, tokens. A CPU computes in 32 bits; what a GPU computes in, where
+# answers are the most (the CPU's mean of 16-bit inputs, which the first pass takes, copies them)
+SEARCHED = [
+    *((shape, held, F32, tokens)
+      for shape in ((1024, 256), (256, 1024), (256, 320))
+      for held in (F32, F16, BF16)
+      for tokens in (2, 2048)),
+    *((shape, held, given, 2048)
+      for shape in ((1024, 256), (256, 320))
+      for held in (F32, F16, BF16)
+      for given in (F16, BF16)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+@pytest.mark.parametrize(("shape", "held", "given", "tokens"), SEARCHED)
+def test_memory_of_awqs_search(shape, held, given, tokens, format):
+    """One layer, searched as `calibrate` has it done, in each pair of dtypes."""
+    unet, device = torch.nn.Module(), torch.device("cpu")
+    unet.layer = comfy.ops.manual_cast.Linear(shape[1], shape[0], bias=False, dtype=held)
+    generator = torch.Generator().manual_seed(1)
+    unet.layer.weight.data = torch.randn(shape, generator=generator).to(held)
+    x = torch.randn(1, tokens, shape[1], generator=generator).to(given)
+    plans = {"layer": LayerPlan("linear", format, "awq_lite")}
+    (tried,) = trying.layers(unet, plans, device).values()
+    call = needs.Call(0.0, Watched(0, {"layer": 0}), (), {"layer": tuple(x.shape)}, given)
+    planned = needs._searching(unet, {"layer": tried.searching * math.prod(shape)}, call)
+
+    def search():
+        modelopt.calibrate(unet, plans, lambda unet: unet.layer(x))
+
+    with torch.no_grad():
+        _, peak = peak_of(search, device)
+    assert unet.layer.awq_lite.num_search_steps == 1
+    assert planned == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize(
