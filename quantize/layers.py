@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from ..utils.text import brief, brief_repr
+
 LINEAR_AND_CONV = "linear + conv"
 LINEAR_ONLY = "linear only"
 MODES = (LINEAR_AND_CONV, LINEAR_ONLY)
@@ -54,7 +56,7 @@ def select(
     for pattern in skip:
         if pattern not in lists and not any(fnmatchcase(n, pattern) for n in layers):
             raise ValueError(
-                f"a skip pattern must match a layer, {pattern!r} matches none of {len(layers)} "
+                f"a skip pattern must match a layer, {brief_repr(pattern)} matches none of {len(layers)} "
                 f"(such as {_examples(layers)}): correct it or remove the line"
             )
     chosen = {
@@ -65,7 +67,8 @@ def select(
     }
     if not chosen:
         raise ValueError(
-            f"at least one layer must be left to quantize, the skip patterns {', '.join(skip)} "
+            f"at least one layer must be left to quantize, the skip patterns "
+            f"{brief(', '.join(skip))} "
             f"with layers = {mode!r} leave none of {len(layers)}: remove a pattern"
         )
     return chosen

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..utils.text import brief_repr, read_json
+from ..utils.text import brief, brief_repr, read_json
 from .layers import MODES, kind_of
 from .recipe import AWQ, AWQ_FULL, LayerPlan, Recipe, plan
 
@@ -170,7 +170,7 @@ def plan_mixed(
     if strange:
         raise ValueError(
             f"a recipe's layers must be layers of the model, it names {len(strange)} that this one "
-            f"has not, the first {strange[0]}: use it with models of the architecture that it was "
+            f"has not, the first {brief(strange[0])}: use it with models of the architecture that it was "
             "made for"
         )
     plans: dict[str, LayerPlan] = {}

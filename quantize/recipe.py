@@ -11,6 +11,7 @@ import torch
 from ..formats import FORMATS, get
 from ..formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC, Layer
 from ..formats.groups import sharing
+from ..utils.text import brief_repr
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
@@ -83,17 +84,18 @@ class Recipe:
         if self.algorithm not in known:
             raise ValueError(
                 f"algorithm of {self.format} must be one of {', '.join(known)}, "
-                f"got {self.algorithm!r}: choose one of them or another format"
+                f"got {brief_repr(self.algorithm)}: choose one of them or another format"
             )
         if self.convolutions not in CONVOLUTIONS:
             raise ValueError(
-                f"convolutions must be {MAX} or {PERCENTILE}, got {self.convolutions!r}: correct it"
+                f"convolutions must be {MAX} or {PERCENTILE}, got {brief_repr(self.convolutions)}: "
+                "correct it"
             )
         if self.activations not in ACTIVATIONS.get(self.format, (STATIC,)):
             raise ValueError(
                 f"activations of {self.format} must be "
                 f"{' or '.join(ACTIVATIONS.get(self.format, (STATIC,)))}, got "
-                f"{self.activations!r}: choose one of them"
+                f"{brief_repr(self.activations)}: choose one of them"
             )
         if self.activations == SIXTEEN and self.algorithm not in (MAX, MSE):
             raise ValueError(
@@ -104,14 +106,14 @@ class Recipe:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(
-                    f"{name} must be from {low:g} to {high:g}, got {value}: correct it"
+                    f"{name} must be from {low:g} to {high:g}, got {brief_repr(value)}: correct it"
                 )
         for name, default in DEFAULTS.items():
             value = getattr(self, name)
             if value != default and not self._applies(name):
                 owner = next(algorithm for algorithm, own in OPTIONS.items() if name in own)
                 raise ValueError(
-                    f"{name} goes with the algorithm {owner}, got {value!r} with {self.algorithm}: "
+                    f"{name} goes with the algorithm {owner}, got {brief_repr(value)} with {self.algorithm}: "
                     "leave it out or choose that algorithm"
                 )
 

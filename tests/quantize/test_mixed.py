@@ -120,3 +120,20 @@ def test_layers_of_another_model(sd15, calibration):
 def test_two_searches_at_once_are_refused():
     with pytest.raises(ValueError, match="awq_full or with another AWQ"):
         Mixed((Recipe("int4", "awq_full"), Recipe("int4", "awq_lite")), {"a": 0, "b": 1})
+
+
+@pytest.mark.parametrize("option", ["format", "algorithm", "convolutions", "activations"])
+def test_a_long_text_of_a_recipe_is_told_in_brief(option):
+    """What a stranger's recipe says goes into a node's error: not thousands of characters of it."""
+    given = json.loads(mixed.write(Recipe("int8", "smoothquant"))) | {option: "9" * 5000}
+    with pytest.raises(ValueError, match="this text") as caught:
+        mixed.read(json.dumps(given), "this text")
+    assert "99…99" in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_long_pattern_is_told_in_brief(sd15):
+    for skip in (("9" * 5000,), tuple(f"*{'?' * number}" for number in range(200))):
+        with pytest.raises(ValueError, match="skip pattern") as caught:
+            engine.prepared(sd15[0].model.diffusion_model, Recipe("int8", "max", skip=skip))
+        assert len(str(caught.value)) < 600
