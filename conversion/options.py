@@ -28,6 +28,7 @@ from ..quantize.recipe import (
     may_calibrate,
     recipe_of,
 )
+from ..utils.unreadable import raise_unless_damage
 from .claims import PATIENCE
 
 KINDS = {"alpha": float, "percentile": float, "rank": int}
@@ -314,7 +315,10 @@ def _existing(path: Path, flag: str) -> Path:
 def _text(path: Path, flag: str) -> str:
     try:
         return _existing(path, flag).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise_unless_damage(path, error)
+        raise
+    except UnicodeDecodeError as error:
         raise UsageError(
             f"{flag} must name a text file in UTF-8, {path} cannot be read ({error}): save it so"
         ) from error

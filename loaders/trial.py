@@ -4,6 +4,7 @@ without values, and called with as much as a recorded call gave it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -14,20 +15,29 @@ from .dispatch import Kernel
 from .expected import compute_dtype
 
 
-def working(
+@dataclass(frozen=True)
+class Tried:
+    """Calls of quantized layers. working: layer name -> bytes of tensors that a call takes on a CPU,
+    its output included, beside its weight and its input. last: names of those that answer in
+    `torch.channels_last`."""
+
+    working: Mapping[str, int]
+    last: frozenset[str]
+
+
+def calls(
     checkpoint: QuantizedCheckpoint,
     model,
     chosen: Mapping[str, Kernel],
     inputs: Mapping[str, tuple[int, ...]],
-) -> dict[str, int]:
-    """Quantized layer name -> bytes of tensors that a call of it takes on a CPU, its output included,
-    beside its weight and its input.
+) -> Tried:
+    """What a call of each quantized layer takes and gives on a CPU.
 
     checkpoint, model: as of `expected.kernels`, which gave `chosen`. inputs: shape of what a layer is
     given; without it a layer is left out. Layers that are alike are tried once.
     """
     compute, source = compute_dtype(model), model.model.diffusion_model
-    tried: dict[tuple, int] = {}
+    tried: dict[tuple, tuple[bool, int]] = {}
     found = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, entry in checkpoint.layers.items():
@@ -40,11 +50,17 @@ def working(
                 reading.unless_cancelled(0)
                 layer = _made(name, checkpoint, module, chosen[name], compute)
                 given = torch.ones(inputs[name], dtype=compute)
-                _, tried[alike] = peak_of(
-                    lambda layer=layer, given=given: layer(given), given.device
-                )
+                answer, took = peak_of(lambda layer=layer, given=given: layer(given), given.device)
+                tried[alike] = _channels_last(answer), took
             found[name] = tried[alike]
-    return found
+    return Tried(
+        {name: took for name, (_, took) in found.items()},
+        frozenset(name for name, (last, _) in found.items() if last),
+    )
+
+
+def _channels_last(answer: torch.Tensor) -> bool:
+    return answer.ndim == 4 and answer.is_contiguous(memory_format=torch.channels_last)
 
 
 def _geometry(module: torch.nn.Module) -> tuple:

@@ -10,7 +10,7 @@ from ..formats import FORMATS, files
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..loaders import device as devices
 from ..loaders import expected, trial
-from ..quantize import engine, modelopt, needs, prediction, trying, whose
+from ..quantize import calling, engine, modelopt, needs, prediction, trying, whose
 from ..quantize.bridge.unet import unet_of
 from ..quantize.layers import LINEAR_AND_CONV
 from ..quantize.mixed import Mixed
@@ -73,16 +73,18 @@ def plan(model, recipe: Recipe | Mixed, calibration=None) -> tuple[str, dict]:
     missing = not records and any(one.calibrates for one in plans.values())
     step = progress(len(set(trying.keys(source, plans).values())) + 3)
     trials = trying.layers(source, plans, model.load_device, step)
-    call = needs.try_call(model, next(iter(calibration)), step) if records else None
+    first = next(iter(calibration)) if records else None
+    call = calling.try_call(model, first, step) if records else None
     step()
     chosen = expected.kernels(found.made, model)
     running = None
     if call is not None:
         dense = expected.in_floating_point(chosen, found.made.layers)
-        working = None
+        working, laid_out = None, call
         if model.load_device.type == "cpu":
-            working = trial.working(found.made, model, chosen, call.inputs)
-        running = needs.call_peak(source, plans, trials, call, dense, working)
+            tried = trial.calls(found.made, model, chosen, call.inputs)
+            working, laid_out = tried.working, calling.laid_out(model, first, call, tried.last)
+        running = needs.call_peak(source, plans, trials, laid_out, dense, working)
     to_quantize = needs.memory(model, found.made, plans, trials, call)
     seconds = needs.seconds(source, plans, trials, call, records)
     step()

@@ -1,22 +1,17 @@
-"""What quantizing takes on this device, in memory and time: one layer of each kind is packed, one
-recorded UNet call is made, and both are scaled to the whole."""
+"""What quantizing takes on this device, in memory and time: what packing a layer of each kind (`trying`)
+and a recorded UNet call (`calling`) took is scaled to the whole."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 import torch
 
 from ..formats.checkpoint import QuantizedCheckpoint
 from ..utils import finite
-from ..utils.memory import Watched, watched
-from ..utils.timing import synchronize
-from . import clipping, engine, modelopt, quality
-from .layers import kind_of
+from . import clipping, engine, modelopt
+from .calling import Call
 from .recipe import AWQ, AWQ_FULL, LayerPlan
 from .trying import Key, Trial, factors, key, keys, work
 
@@ -24,71 +19,6 @@ from .trying import Key, Trial, factors, key, keys, work
 FINITE = 5
 # scales that ModelOpt's AWQ tries for a layer: alpha from 0 to 1 in steps of 0.1
 AWQ_TRIALS = 11
-
-
-@dataclass(frozen=True)
-class Call:
-    """One recorded UNet call of the MODEL in 16 or 32 bits. memory: of it and each of its layers.
-    shape: of the latent; inputs: shapes of what each layer was given; dtype: of that."""
-
-    seconds: float
-    memory: Watched
-    shape: tuple[int, ...]
-    inputs: Mapping[str, tuple[int, ...]]
-    dtype: torch.dtype
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number that a layer was given."""
-        return self.dtype.itemsize
-
-    @property
-    def peak(self) -> int | None:
-        """Bytes at the highest, None where torch does not count them."""
-        return self.memory.peak
-
-
-def try_call(model, record, step: Callable[[], None] = lambda: None) -> Call:
-    """Two calls of the MODEL's UNet with a recorded input, loaded as a sampler does, patches and all:
-    the first one's memory, the second one's time."""
-    from .bridge import unet as bridge
-
-    with torch.inference_mode(False), torch.no_grad():
-        unet, device, dtype = bridge.load(model, [record])
-
-        def call() -> None:
-            quality.outputs(unet, [record], device, dtype, lambda: None)
-
-        layers = {name: m for name, m in unet.named_modules() if kind_of(m) is not None}
-        inputs: dict[str, tuple[int, ...]] = {}
-        with _noted(layers, inputs):
-            _, memory = watched(call, device, layers)
-        step()
-        started = time.perf_counter()
-        call()
-        synchronize(device)
-    seconds, shape = time.perf_counter() - started, tuple(record.x.shape)
-    return Call(seconds, memory, shape, inputs, dtype)
-
-
-@contextlib.contextmanager
-def _noted(
-    layers: Mapping[str, torch.nn.Module], inputs: dict[str, tuple[int, ...]]
-) -> Iterator[None]:
-    """While it lasts, `inputs` gets the shape of the largest that each layer is given."""
-
-    def note(name: str, x: torch.Tensor) -> None:
-        inputs[name] = max(inputs.get(name, (0,)), tuple(x.shape), key=math.prod)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
-        for name, module in layers.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def call_peak(
@@ -102,9 +32,10 @@ def call_peak(
     """Bytes that a call of the quantized UNet takes beside its weights, at its highest. None where
     memory is not counted.
 
-    working: on a CPU, what each quantized layer takes (`loaders.trial`); all else is as in `call`, but
-    that weights held in 32 bits there stay in 16 here, and are cast for each call. Elsewhere None: as
-    `call`, or what is there when the weight of a layer of `dequantized` is used so, and that.
+    working: on a CPU, what each quantized layer takes (`loaders.trial`); all else is as in `call`
+    (`calling.laid_out`), but that weights held in 32 bits there stay in 16 here, and are cast for each
+    call. Elsewhere None: as `call`, or what is there when the weight of a layer of `dequantized` is used
+    so, and that.
     """
     if call.peak is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shlex
 from pathlib import Path
@@ -193,6 +194,18 @@ def test_refused_before_anything_is_done(order, case, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "convert.py: " in said.err and message in said.err and not said.out
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--prompts", "--recipe"])
+def test_a_text_that_the_system_does_not_give_is_not_called_misspelt(order, flag, monkeypatch):
+    Path("text.txt").write_text("a cat")
+
+    def lost(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_text", lost)
+    with pytest.raises(UsageError, match="text.txt must be a file that can be read, got Input/out"):
+        order(flag, "text.txt")
 
 
 def test_out_must_be_a_folder_to_write_in(order, capsys, monkeypatch, comfyui):
