@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import threading
 import time
 from dataclasses import asdict, astuple, dataclass
@@ -94,8 +95,10 @@ def _paths(output: Path) -> tuple[Path, str]:
 def _read(path: Path) -> Owner:
     """Raises FileNotFoundError. What is no claim (half written, where there are no hard links) is
     that of an unknown process, named by its time."""
-    modified = path.stat().st_mtime_ns
-    unknown = Owner("", "", 0, "", modified / 1e9, f"{modified:x}")
+    state = path.stat()
+    unknown = _unknown(state.st_mtime_ns)
+    if not stat.S_ISREG(state.st_mode):  # a pipe would be read without an end
+        return unknown
     try:
         found = Owner(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError):
@@ -104,6 +107,11 @@ def _read(path: Path) -> Owner:
     whole = all(type(x) is kind for x, kind in zip(astuple(found), kinds, strict=True))
     usable = whole and 0 < found.pid < 2**31 and re.fullmatch("[0-9a-f]{16}", found.token)
     return found if usable else unknown
+
+
+def _unknown(modified: int) -> Owner:
+    """The owner of what is no claim. modified: nanoseconds since 1970."""
+    return Owner("", "", 0, "", modified / 1e9, f"{modified:x}")
 
 
 def _chain(output: Path) -> list[tuple[Path, Owner]]:
@@ -115,6 +123,8 @@ def _chain(output: Path) -> list[tuple[Path, Owner]]:
         try:
             while path.exists():
                 owner = _read(path)
+                if any(start + owner.token == known.name for known in (path, *dict(chain))):
+                    owner = _unknown(path.stat().st_mtime_ns)  # no claim names one before it
                 chain.append((path, owner))
                 path = output.with_name(start + owner.token)
             return chain

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from .options import UsageError
+from .paths import UsageError
 
 ROOT = Path(__file__).parent.parent
 WANTED = ("main.py", "comfy", "comfyui_version.py", "folder_paths.py")

@@ -87,10 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Stopped:
             status = signals.status or 1
     found = reporter.finish(status)
-    if args.json:
+    return status if not args.json or _printed(found) else status or 1
+
+
+def _printed(found: dict) -> bool:
+    """Whether the summary could be printed: a disk may be full, a reader gone."""
+    try:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         sys.stdout.flush()
-    return status
+    except OSError as error:
+        sys.stderr.write(f"convert.py: the summary could not be printed: {error}\n")
+        with open(os.devnull, "w") as nowhere:  # what is left of it is not tried again at the end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return False
+    return True
 
 
 def prepare(ordered: Order, args: argparse.Namespace) -> Calibration | None:
@@ -205,6 +215,10 @@ def attempt(file: Path, ordered: Order, recordings: Calibration | None) -> Resul
             work.clear(output)
             if header := identity.there(output, made_of):
                 return skipped(header)
+            if output.is_symlink():
+                raise ValueError(
+                    f"the output's name must be free, {output} is a link to what is not there: remove it"
+                )
             loaded = True
             try:
                 figures = work.convert(file, output, made_of, ordered, recordings)

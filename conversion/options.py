@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,9 @@ from ..quantize.recipe import (
     may_calibrate,
     recipe_of,
 )
-from ..utils.unreadable import raise_unless_damage
+from . import paths
 from .claims import PATIENCE
+from .paths import UsageError
 
 KINDS = {"alpha": float, "percentile": float, "rank": int}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -51,10 +50,6 @@ file is made by one of them. What was interrupted is continued by the same comma
 exit status: 0 all converted, skipped or in another process's hands; 1 some failed (the summary says
 which and why, the rest is done); 2 the command is wrong, nothing was done; 130 and 143 interrupted
 """
-
-
-class UsageError(Exception):
-    """What is wrong with the command line: exit status 2."""
 
 
 @dataclass(frozen=True)
@@ -172,19 +167,30 @@ def _sampling_fields() -> dict[str, Any]:
 def order(args: argparse.Namespace) -> Order:
     """Raises UsageError."""
     try:
-        recipe = _recipe(args)
-        loras = tuple(map(_lora, args.lora or ()))
-        given = {k: x for k in _sampling_fields() if (x := getattr(args, k)) is not None}
-        recordings, lines = _calibration(args, recipe)
-        if given and not lines:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UsageError(
-                f"{flags} go with prompts that are sampled, which this command does not do: leave "
-                "them out, or give --prompts"
-            )
-        sampling = Sampling(**given)
+        found = _order(args)
+        paths.check_names(found)
+        paths.check_kept(args, found)
+        return found
     except ValueError as error:
         raise UsageError(str(error)) from error
+    except OSError as error:  # a name that is too long, a disk that is gone
+        raise UsageError(
+            f"files must be where they can be looked at, got {error}: correct the path"
+        ) from error
+
+
+def _order(args: argparse.Namespace) -> Order:
+    recipe = _recipe(args)
+    loras = tuple(map(_lora, args.lora or ()))
+    given = {k: x for k in _sampling_fields() if (x := getattr(args, k)) is not None}
+    recordings, lines = _calibration(args, recipe)
+    if given and not lines:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(
+            f"{flags} go with prompts that are sampled, which this command does not do: leave "
+            "them out, or give --prompts"
+        )
+    sampling = Sampling(**given)
     if args.claim_timeout <= 0:
         raise UsageError(f"--claim-timeout must be above 0, got {args.claim_timeout:g}: correct it")
     suffix = args.suffix if args.suffix is not None else word(recipe)
@@ -194,12 +200,10 @@ def order(args: argparse.Namespace) -> Order:
         )
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out must be a folder, {args.out} is a file: name another")
-    found = Order(
-        _files(args.files), args.out, recipe, loras, recordings, lines, sampling, suffix,
+    return Order(
+        paths.found(args.files), args.out, recipe, loras, recordings, lines, sampling, suffix,
         args.wait, args.claim_timeout,
     )  # fmt: skip
-    _check_names(found)
-    return found
 
 
 def _recipe(args: argparse.Namespace) -> Recipe | Mixed:
@@ -208,7 +212,7 @@ def _recipe(args: argparse.Namespace) -> Recipe | Mixed:
             raise UsageError(
                 f"--recipe says it all, got --{beside[0].replace('_', '-')} beside it: leave it out"
             )
-        return mixed.read(_text(args.recipe, "--recipe"), str(args.recipe))
+        return mixed.read(paths.text(args.recipe, "--recipe"), str(args.recipe))
     name = args.format or CHOICES[0]
     layers = args.layers or Recipe.layers
     algorithm = args.algorithm or default_algorithm(name, layers)
@@ -243,9 +247,9 @@ def _calibration(
     args: argparse.Namespace, recipe: Recipe | Mixed
 ) -> tuple[Path | None, tuple[str, ...]]:
     if args.calibration is not None:
-        return _existing(args.calibration, "--calibration"), ()
+        return paths.existing(args.calibration, "--calibration"), ()
     if args.prompts is not None:
-        lines = tuple(prompts.split(_text(args.prompts, "--prompts")))
+        lines = tuple(prompts.split(paths.text(args.prompts, "--prompts")))
         if not lines:
             raise UsageError(
                 f"a calibration needs at least 1 prompt, got 0 in {args.prompts}: write one a line"
@@ -261,11 +265,13 @@ def recipes(recipe: Recipe | Mixed) -> tuple[Recipe, ...]:
 
 def _lora(text: str) -> Lora:
     name, colon, strength = text.rpartition(":")
+    if Path(text).is_file():
+        colon = ""  # in the name
     try:
         found = Lora(Path(name), float(strength)) if colon else Lora(Path(text))
     except ValueError:  # a colon in the name
         found = Lora(Path(text))
-    _existing(found.path, "--lora")
+    paths.existing(found.path, "--lora")
     low, high = STRENGTHS
     if not low <= found.strength <= high:  # nan too
         raise UsageError(
@@ -273,55 +279,6 @@ def _lora(text: str) -> Lora:
             f"{found.path}: correct it"
         )
     return found
-
-
-def _files(given: Sequence[Path]) -> tuple[Path, ...]:
-    """Absolute paths, each once. A pattern that the shell left is expanded (Windows' leaves them)."""
-    found: dict[Path, None] = {}
-    for path in given:
-        matches = [path]
-        if not path.exists() and glob.has_magic(str(path)):
-            matches = [Path(name) for name in sorted(glob.glob(str(path)))]
-        if not matches or not matches[0].exists():
-            raise UsageError(f"a checkpoint must be a file, there is no {path}: correct the path")
-        for match in matches:
-            if match.is_dir():
-                raise UsageError(
-                    f"a checkpoint must be a file, {match} is a folder: name the files in it, such "
-                    f"as {match / '*.safetensors'}"
-                )
-            found[match.absolute()] = None
-    return tuple(found)
-
-
-def _check_names(order: Order) -> None:
-    """Names must differ also where a file system does not tell large letters from small ones."""
-    names: dict[str, Path] = {}
-    for file in order.files:
-        other = names.setdefault(order.output(file).name.casefold(), file)
-        if other != file:
-            raise UsageError(
-                f"files for one folder must have different names, got {other} and {file}: rename "
-                "one, or convert them into different folders"
-            )
-
-
-def _existing(path: Path, flag: str) -> Path:
-    if not path.is_file():
-        raise UsageError(f"{flag} must name a file, there is no file {path}: correct the path")
-    return path
-
-
-def _text(path: Path, flag: str) -> str:
-    try:
-        return _existing(path, flag).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise_unless_damage(path, error)
-        raise
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{flag} must name a text file in UTF-8, {path} cannot be read ({error}): save it so"
-        ) from error
 
 
 def word(recipe: Recipe | Mixed) -> str:

@@ -177,13 +177,18 @@ def _is_text(tensor: torch.Tensor) -> bool:
 
 
 def _unpacked(
-    tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None, where: str
 ) -> tuple[dict[str, torch.Tensor], str | None]:
     """The UNet's tensors of a file without their prefix, and its header's text if there is one."""
     text = (metadata or {}).get(HEADER)
     place = next((key for key in tensors if key.rpartition(".")[2] == HEADER_TENSOR), None)
     if text is None and place is not None and _is_text(tensors[place]):
-        text = bytes(tensors[place].tolist()).decode("utf-8", "replace")
+        if (length := tensors[place].numel()) > checksums.LONGEST_HEADER:
+            raise ValueError(
+                f"the header must have at most {checksums.LONGEST_HEADER} bytes, {HEADER_TENSOR} in {where} "
+                f"has {length}: {REMEDY}"
+            )
+        text = tensors[place].numpy().tobytes().decode("utf-8", "replace")
     prefix = PREFIX if any(key.startswith(PREFIX) for key in tensors) else ""
     if place is not None:
         prefix = place.removesuffix(HEADER_TENSOR)
@@ -242,7 +247,7 @@ def read_header(path: Path | str) -> tuple[dict, dict[str, Layer]] | None:
                 f"a file must stay as it is while it is read, {path} did not ({brief(str(error))}): "
                 "read it again"
             ) from error
-    _, text = _unpacked(tensors, metadata)
+    _, text = _unpacked(tensors, metadata, str(path))
     if text is None:
         return None
     header = _header(text, str(path))
@@ -253,7 +258,7 @@ def parse(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None, where: str
 ) -> QuantizedCheckpoint:
     """Tensors and header of a file -> a validated checkpoint. Raises ValueError in house form."""
-    tensors, text = _unpacked(tensors, metadata)
+    tensors, text = _unpacked(tensors, metadata, where)
     header = _header(text, where)
     layers = _layers(header, tensors, where)
     inputs = header.pop("inputs", {})

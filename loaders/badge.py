@@ -9,6 +9,7 @@ from ..formats import files
 from ..formats.checkpoint import Layer
 from ..utils import badge, out_of_memory
 from ..utils.report import megabytes, recipe_line
+from ..utils.text import brief
 from . import device, stock
 
 # how a MODEL whose layers compute in 16 bits runs on any device
@@ -26,9 +27,9 @@ def of_file(path: str) -> tuple[list[dict[str, str]], str]:
         return [_foreign(path), size], ""
     header, layers = found
     recipe = header["recipe"]
-    words = [str(recipe[key]) for key in ("format", "layers") if recipe.get(key)]
+    words = [brief(recipe[key]) for key in ("format", "layers") if recipe.get(key)]
     source = (header.get("source") or {}).get("name")
-    made_by = (f"{source}: " if source else "") + recipe_line(recipe)
+    made_by = (f"{brief(source)}: " if source else "") + brief(recipe_line(recipe))
     return [*(badge.chip(word) for word in words), size, *_of_layers(layers)], made_by
 
 

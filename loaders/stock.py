@@ -10,6 +10,7 @@ import comfy.sd
 from ..formats import files
 from ..utils import out_of_memory
 from ..utils.report import megabytes
+from ..utils.text import brief
 from ..utils.unreadable import raise_unless_damage
 
 MARKER = ".comfy_quant"
@@ -45,7 +46,7 @@ def load(path: str):
         raise_unless_damage(path, error)
         raise ValueError(
             f"a quantized file without this pack's header must be one that stock ComfyUI opens, "
-            f"{path} is not ({error}): get it again, or ask its author what it is for"
+            f"{path} is not ({brief(str(error))}): get it again, or ask its author what it is for"
         ) from error
 
 

@@ -65,7 +65,8 @@ def checkpoint_names() -> list[str]:
 def find_checkpoint(name: str) -> str:
     """Full path of a file or folder to import. Raises ValueError where there is none."""
     register()
-    for root in folder_paths.get_folder_paths(CHECKPOINTS) if name in checkpoint_names() else ():
+    known = isinstance(name, str) and name in checkpoint_names()
+    for root in folder_paths.get_folder_paths(CHECKPOINTS) if known else ():
         path = os.path.join(root, name)
         if os.path.exists(path):
             return path
@@ -79,7 +80,8 @@ def find_checkpoint(name: str) -> str:
 def find(folder: str, name: str) -> str:
     """Full path of a file by its combo name. Raises ValueError where there is none."""
     register()
-    path = folder_paths.get_full_path(folder, name)
+    # a workflow may hold anything
+    path = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
     if path is None:
         raise ValueError(
             f"the file must lie in ComfyUI's {folder} folder, got {brief_repr(name)}, which is not in "
@@ -91,7 +93,7 @@ def find(folder: str, name: str) -> str:
 def fingerprint(folder: str, name: str) -> str:
     """Changes when the file changes on the disk."""
     register()
-    path = folder_paths.get_full_path(folder, name)
+    path = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
     if path is None:
         return "missing"
     return _state(path)
@@ -120,6 +122,8 @@ def _without(extension: str, prefix: str) -> str:
 def why_not(folder: str, prefix: str, extension: str = ".safetensors") -> str | None:
     """The reason a filename prefix cannot be used, or None. Touches no file."""
     register()
+    if not isinstance(prefix, str):
+        return f"a filename prefix must be text, got {brief_repr(prefix)} in filename_prefix: use a plain name"
     prefix = _without(extension, prefix)
     root = root_of(folder)
     windows, posix = PureWindowsPath(prefix), PurePosixPath(prefix)  # either's `..` and roots

@@ -73,8 +73,8 @@ def plan(model, recipe: Recipe | Mixed, calibration=None) -> tuple[str, dict]:
     missing = not records and any(one.calibrates for one in plans.values())
     step = progress(len(set(trying.keys(source, plans).values())) + 3)
     trials = trying.layers(source, plans, model.load_device, step)
-    first = next(iter(calibration)) if records else None
-    call = calling.try_call(model, first, step) if records else None
+    record = calling.largest(calibration) if records else None
+    call = calling.try_call(model, record, step) if records else None
     step()
     chosen = expected.kernels(found.made, model)
     running = None
@@ -83,7 +83,7 @@ def plan(model, recipe: Recipe | Mixed, calibration=None) -> tuple[str, dict]:
         working, laid_out = None, call
         if model.load_device.type == "cpu":
             tried = trial.calls(found.made, model, chosen, call.inputs)
-            working, laid_out = tried.working, calling.laid_out(model, first, call, tried.last)
+            working, laid_out = tried.working, calling.laid_out(model, record, call, tried.last)
         running = needs.call_peak(source, plans, trials, laid_out, dense, working)
     to_quantize = needs.memory(model, found.made, plans, trials, call)
     seconds = needs.seconds(source, plans, trials, call, records)

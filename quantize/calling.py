@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from ..utils.memory import Watched, watched
 from ..utils.timing import synchronize
 from . import quality
 from .layers import kind_of
+from .records import Record
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Call:
     def peak(self) -> int | None:
         """Bytes at the highest, None where torch does not count them."""
         return self.memory.peak
+
+
+def largest(records: Iterable[Record]) -> Record:
+    """The record whose call takes the most memory, of at least one."""
+    return max(records, key=_size)
+
+
+def _size(record: Record) -> tuple[int, int]:
+    return record.x.numel(), 0 if record.context is None else record.context.numel()
 
 
 def try_call(model, record, step: Callable[[], None] = lambda: None) -> Call:

@@ -76,6 +76,8 @@ def write(recipe: Recipe | Mixed) -> str:
 
 def read(text: str, where: str = "the recipe") -> Recipe | Mixed:
     """JSON text of `write` -> the recipe. Raises ValueError for anything else."""
+    if not isinstance(text, str):
+        raise ValueError(f"a recipe must be JSON text, {where} is {brief_repr(text)}: {REMEDY}")
     if not text.strip():
         raise ValueError(f"a recipe must be JSON, {where} is empty: {REMEDY}")
     try:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 DEEPEST = 64
+MOST_LISTS = 10**6  # an empty one takes 20 times its text in memory
 LONGEST = 200
 DIGITS = 20  # of an integer of 64 bits
 
@@ -13,6 +14,9 @@ DIGITS = 20  # of an integer of 64 bits
 def read_json(text: str | bytes) -> Any:
     """What the JSON says. Raises ValueError for anything else, and for what is nested deeper than any
     file of ours or ModelOpt's: writing or showing it would exhaust the stack later."""
+    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, brackets)) > MOST_LISTS:
+        raise ValueError(f"more than {MOST_LISTS} lists and tables")
     try:
         found = json.loads(text, parse_int=_integer)
     except RecursionError:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 
 import comfy.utils
-from comfy.model_detection import count_blocks
+
+from ...utils.text import brief
 
 COMFYUI = "input_blocks.0.0.weight"
 DIFFUSERS = "conv_in.weight"
 # widths of SDXL's vector and its refiner's: pooled text of 1280, and 6 or 5 numbers of 256
 TEXT_AND_SIZES = (2816, 2560)
+# ResBlocks of a UNet's first half; SDXL's has 6
+MOST_BLOCKS = 100
+# parts of a name that are looked at: down_blocks.0.attentions.0.transformer_blocks.0.
+DEEP = 7
 
 
 def modules(keys: Collection[str], where: str) -> dict[str, str]:
@@ -24,18 +30,18 @@ def modules(keys: Collection[str], where: str) -> dict[str, str]:
     if DIFFUSERS not in keys:
         raise ValueError(
             f"the checkpoint must be of a UNet, with {DIFFUSERS} or {COMFYUI}, {where} holds "
-            f"{', '.join(sorted(keys)[:3]) or 'nothing'}, …: import the UNet of an SD1.5 or SDXL "
+            f"{', '.join(map(brief, sorted(keys)[:3])) or 'nothing'}, …: import the UNet of an SD1.5 or SDXL "
             "pipeline"
         )
     table = {
         theirs.rpartition(".")[0]: ours.rpartition(".")[0]
-        for theirs, ours in comfy.utils.unet_to_diffusers(_config(keys)).items()
+        for theirs, ours in comfy.utils.unet_to_diffusers(_config(keys, where)).items()
     }
     unknown = sorted(own - table.keys())
     if unknown:
         raise ValueError(
             f"every module must be one that ComfyUI's UNet has, {where} has {len(unknown)} others, "
-            f"the first {unknown[0]}: this architecture cannot be imported"
+            f"the first {brief(unknown[0])}: this architecture cannot be imported"
         )
     return {name: table[name] for name in own}
 
@@ -51,17 +57,24 @@ def of_model(model) -> dict[str, str]:
     return {a: b for a, b in pairs if b in own and not a.startswith(other)}
 
 
-def _config(keys: Collection[str]) -> dict[str, object]:
+def _config(keys: Collection[str], where: str) -> dict[str, object]:
     """What ComfyUI's table depends on, counted from the names of a diffusers UNet."""
+    parts = (key.split(".") for key in keys)
+    starts = {".".join(one[:end]) + "." for one in parts for end in range(1, min(len(one), DEEP))}
 
     def count(pattern: str) -> int:
-        return count_blocks(keys, pattern)
+        return next(i for i in itertools.count() if pattern.format(i) not in starts)
 
     def depths(block: str, resnets: int) -> list[int]:
         return [count(f"{block}.attentions.{i}.transformer_blocks.{{}}.") for i in range(resnets)]
 
     levels = range(count("down_blocks.{}."))
     down = [count(f"down_blocks.{i}.resnets.{{}}.") for i in levels]
+    if sum(down, len(levels)) > MOST_BLOCKS:
+        raise ValueError(
+            f"a UNet must have at most {MOST_BLOCKS} blocks and levels, {where} has "
+            f"{sum(down, len(levels))}: this architecture cannot be imported"
+        )
     up = [d for i in levels for d in depths(f"up_blocks.{i}", down[-1 - i] + 1)]
     return {
         "num_res_blocks": down,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ...utils.text import brief
+from ...utils.text import DEEPEST, brief
 from ...utils.unreadable import found, raise_unless_damage
 
 PIECE = 2**22
+# bytes of the pickle that names the tensors, and values in it, each counted as often as it is referred to:
+# many times what ModelOpt writes of a UNet, little enough to be read and shown
+LONGEST_PICKLE, MOST_VALUES = 2**22, 10**6
 
 
 class QTensor:
@@ -41,7 +45,7 @@ def load(path: Path) -> object:
         # leaving the context takes away what it allowed, even where it was allowed before
         known = slice in torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals(_QTENSORS + ([] if known else [slice])):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found_in = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"a checkpoint must hold data only, {path} holds something else and was not opened "
@@ -53,6 +57,30 @@ def load(path: Path) -> object:
             f"a checkpoint must be a whole file of torch.save, {path} is not ({found(error)}): "
             "get it again"
         ) from error
+    if not _is_limited(found_in):
+        raise ValueError(
+            f"a checkpoint must hold at most {MOST_VALUES} values beside its tensors, nested at most "
+            f"{DEEPEST} deep, {path} holds more: do not use this file unless you know who made it"
+        )
+    return found_in
+
+
+def _is_limited(value: object) -> bool:
+    """Whether going through it ends soon: a short pickle can refer to one list many times, or to itself."""
+    count, stack = 0, [(value, 0)]
+    while stack:
+        one, depth = stack.pop()
+        if isinstance(one, Mapping):
+            inner = [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple | set | frozenset):
+            inner = one
+        else:
+            continue
+        count += len(inner)
+        if count > MOST_VALUES or depth >= DEEPEST:
+            return False
+        stack += [(x, depth + 1) for x in inner]
+    return True
 
 
 def _check_members(path: Path) -> None:
@@ -64,6 +92,8 @@ def _check_members(path: Path) -> None:
             members = archive.infolist()
             packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
             large = sum(m.file_size for m in members) > path.stat().st_size
+            long = [m for m in members if m.filename.endswith("data.pkl")]
+            longest = max((m.file_size for m in long), default=0)
             # torch.serialization.set_crc32_options(False) leaves them all 0
             summed = any(m.CRC for m in members) and not packed and not large
             for member in members if summed else ():
@@ -76,6 +106,11 @@ def _check_members(path: Path) -> None:
             f"a checkpoint must be a whole file of torch.save, {path} is not "
             f"({brief(str(error))}): get it again"
         ) from error
+    if longest > LONGEST_PICKLE:
+        raise ValueError(
+            f"a checkpoint must name its tensors in at most {LONGEST_PICKLE} bytes, {path} has {longest}: "
+            "do not use this file unless you know who made it"
+        )
     if packed or large:
         raise ValueError(
             "a checkpoint must hold its data as it is, as torch.save writes it, "

@@ -8,6 +8,7 @@ import torch
 
 from ...formats import FORMATS
 from ...formats.checkpoint import KINDS, PER_TOKEN, SIXTEEN, STATIC, Layer, QuantizedCheckpoint
+from ...utils.text import brief
 from . import names
 from . import stored as convert
 from .assemble import checked, damage_named, header, unquantized
@@ -33,7 +34,7 @@ class Exported:
         alone = [module for module in self.beside if f"{module}.weight" not in self.plain]
         if alone:
             raise ValueError(
-                f"scales must belong to a weight, {alone[0]} in {where} has none: {DAMAGED}"
+                f"scales must belong to a weight, {brief(alone[0])} in {where} has none: {DAMAGED}"
             )
         self.steps = len(self.beside)
 

@@ -157,6 +157,34 @@ def test_what_is_no_claim_is_an_unknown_process(tmp_path, text):
     assert not claims.litter(output)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
+def test_a_pipe_in_a_claims_place(tmp_path):
+    output = tmp_path / "a.safetensors"
+    path, _ = claims._paths(output)
+    os.mkfifo(path)
+    assert str(claims.take(output)) == "an unknown process"
+    os.utime(path, (0, 0))
+    with claims.take(output) as claim:
+        assert isinstance(claim, Claim)
+    assert not claims.litter(output)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_claims_that_follow_themselves(tmp_path, dead, length):
+    """No process makes such; a stranger's folder may hold them."""
+    output = tmp_path / "a.safetensors"
+    one, other = replace(dead, token="1" * 16), replace(dead, token="2" * 16)
+    leave(output, one)
+    leave(output, one if length == 1 else other, after=one)
+    if length == 2:
+        leave(output, one, after=other)
+    for path in claims.litter(output):
+        os.utime(path, (0, 0))
+    with claims.take(output) as claim:
+        assert isinstance(claim, Claim) and claims.holder(output) == claim.owner
+    assert not claims.litter(output)
+
+
 @pytest.mark.parametrize("name", ["../../escape", "x" * 16, "A" * 16])
 def test_a_token_names_no_other_file(tmp_path, dead, name):
     output = tmp_path / "folder" / "a.safetensors"

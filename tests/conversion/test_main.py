@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -45,6 +46,8 @@ FLAGS = [
     *(x for pattern in SKIP for x in ("--skip", pattern)),
 ]
 NAME = "sd15_int8-max.safetensors"
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -588,13 +591,34 @@ def test_what_a_killed_process_left_is_removed(made, source, recording, convert,
 def test_files_for_others_that_cannot_be_written_do_not_stop_it(
     made, source, recording, convert, tmp_path, capsys
 ):
-    blocked = tmp_path / "progress"
-    blocked.mkdir()
-    row = convert(source, "--calibration", recording, "--out", made, "--progress", blocked)[
+    progress = tmp_path / "progress"
+    (tmp_path / ".progress.new").mkdir()
+    row = convert(source, "--calibration", recording, "--out", made, "--progress", progress)[
         "sd15.safetensors"
     ]
     assert row["status"] == "skipped"
     assert capsys.readouterr().err.count("is not kept, it cannot be written") == 1
+
+
+def test_a_summary_that_cannot_be_printed(made, source, recording, comfyui):
+    """In a process of its own: what Python says at its end counts too."""
+    flags = [*FLAGS, "--comfyui", comfyui, "--calibration", recording, "--out", made, "--json"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, ROOT / "convert.py", *map(str, (*flags, source))],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert ended.returncode == 1 and "the summary could not be printed" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_link_that_leads_nowhere_in_an_outputs_place(source, recording, convert, tmp_path):
+    place = tmp_path / "out" / NAME
+    place.parent.mkdir()
+    place.symlink_to(tmp_path / "nowhere")
+    row = convert(source, "--calibration", recording, "--out", place.parent, status=1)
+    assert "the output's name must be free" in row["sd15.safetensors"]["error"]
+    assert place.is_symlink() and not (tmp_path / "nowhere").exists()
 
 
 def test_a_full_disk_under_the_log_does_not_fail_a_conversion(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,8 @@ def test_loras_skips_and_a_mixed_recipe(order):
     recipe = mixed.Mixed((Recipe("fp8"), Recipe("int4")), {"out.2": 0, "x": 1})
     Path("recipe.json").write_text(mixed.write(recipe))
     read = order("--recipe", "recipe.json")
+    Path("lora:1").write_text("")
+    assert order("--lora", "lora:1").loras == (Lora(Path("lora:1")),)
     assert read.recipe == recipe and read.suffix == "mixed" and read.prompts == BUILT_IN
 
 
@@ -176,6 +180,30 @@ REFUSED = {
     "a suffix": (["--suffix", "../x"], "--suffix must be part of a file's name"),
     "a timeout": (["--claim-timeout", "0"], "--claim-timeout must be above 0"),
     "no ComfyUI": (["--comfyui", "other"], "--comfyui must name the folder of ComfyUI's main.py"),
+    "a summary over the checkpoint": (
+        ["--summary", "./a.safetensors"],
+        "--summary must name a file of its own, a.safetensors is ",
+    ),
+    "a summary over a LoRA": (
+        ["--lora", "lora.safetensors", "--summary", "lora.safetensors"],
+        "--summary must name a file of its own",
+    ),
+    "progress over an output": (
+        ["--suffix", "x", "--progress", "out/a_x.safetensors"],
+        "--progress must name a file of its own",
+    ),
+    "both in one": (
+        ["--progress", "same.json", "--summary", "same.json"],
+        "--summary must name a file of its own, same.json is --progress",
+    ),
+    "progress a folder": (["--progress", "other"], "--progress must name a file, other is none"),
+    "a device for a checkpoint": (["/dev/zero"], "/dev/zero is a pipe or a device"),
+    "a name that is too long": (["x" * 300], "files must be where they can be looked at, got"),
+    "an output's name": (["--suffix", "x" * 220], "must have at most 225 bytes"),
+    "a recipe's name": (
+        ["--recipe", "x" * 300],
+        "must be a file that can be read, got File name too long",
+    ),
     "a device": (["--device", "first"], "--device must be cpu or a number from 0 on, got 'first'"),
 }
 
@@ -194,6 +222,14 @@ def test_refused_before_anything_is_done(order, case, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "convert.py: " in said.err and message in said.err and not said.out
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+def test_a_name_that_is_no_utf8(order):
+    name = os.fsdecode(b"bad\xff.safetensors")
+    Path(name).write_text("")
+    with pytest.raises(UsageError, match="the path of a checkpoint must be UTF-8"):
+        order(name)
 
 
 @pytest.mark.parametrize("flag", ["--prompts", "--recipe"])

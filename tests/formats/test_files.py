@@ -160,6 +160,15 @@ def test_header_that_is_not_json(tmp_path):
         reread(path)
 
 
+def test_a_header_tensor_of_any_size(tmp_path):
+    path = tmp_path / "x.safetensors"
+    long = torch.zeros(checksums.LONGEST_HEADER + 1, dtype=torch.uint8)
+    save_file({files.HEADER_TENSOR: long, "a": torch.ones(1)}, path)
+    for read in (reread, files.read_header):
+        with pytest.raises(ValueError, match="must have at most 16777216 bytes, .* has 16777217"):
+            read(path)
+
+
 def test_foreign_file(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(1)}, path)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zipfile
 
 import pytest
 import torch
 from comfyui_modelopt.devtools.torture.mutations import samples, torch_files
 from comfyui_modelopt.loaders import foreign
-from comfyui_modelopt.loaders.foreign import architecture, folder
+from comfyui_modelopt.loaders.foreign import architecture, folder, names, torch_file
 
 pytest.importorskip("modelopt.torch.quantization")
 
@@ -101,12 +102,82 @@ def test_a_weight_that_its_scales_would_stretch(saved, tmp_path):
     refused(tmp_path / "strange.pt", "a weight's amax must broadcast to its shape")
 
 
+def nested(times: int) -> list:
+    """Ten billions of values and more, in a pickle of a few hundred bytes."""
+    made = [0] * 10
+    for _ in range(times):
+        made = [made] * 10
+    return made
+
+
+def loop() -> list:
+    made = []
+    made.append(made)
+    return made
+
+
+PLACES = {
+    "version": lambda o, x: o["modelopt_state"].update(modelopt_version=x),
+    "mode": lambda o, x: o["modelopt_state"]["modelopt_state_dict"].append((tuple(x), {})),
+    "weights": lambda o, x: o["model_state_dict"].update(x=x),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", [nested(30), nested(9), loop()], ids=["deep", "wide", "loop"])
+def test_one_list_that_is_referred_to_again_and_again(saved, tmp_path, place, value):
+    objects = torch.load(saved, weights_only=True)
+    PLACES[place](objects, value)
+    torch.save(objects, tmp_path / "strange.pt")
+    assert (tmp_path / "strange.pt").stat().st_size < saved.stat().st_size + 10**4
+    refused(tmp_path / "strange.pt", "must hold at most 1000000 values beside its tensors")
+
+
+def test_a_long_pickle_is_not_opened(saved, tmp_path):
+    members = torch_files._members(saved.read_bytes())
+    (name,) = (one for one in members if one.endswith("data.pkl"))
+    assert len(members[name]) < torch_file.LONGEST_PICKLE / 10
+    members[name] = b"\x80\x02" + b"]" * torch_file.LONGEST_PICKLE + b"."
+    path = put(tmp_path, torch_files._zipped(members, packed=False))
+    refused(path, "must name its tensors in at most 4194304 bytes, .* has 4194307")
+
+
 # ---- folders
 
 
 def test_deep_json(tmp_path):
     (tmp_path / folder.CONFIG).write_text("[" * 100_000 + "]" * 100_000)
     refused(tmp_path, "must be JSON, found values nested more than 64 deep")
+
+
+def test_a_million_lists(tmp_path):
+    (tmp_path / folder.CONFIG).write_text('{"x": [' + "[]," * 10**6 + "[]]}")
+    refused(tmp_path, "must be JSON, found more than 1000000 lists and tables")
+
+
+NAMES = {
+    "levels": [f"down_blocks.{i}.resnets.0.x.weight" for i in range(60_000)],
+    "ResBlocks": [f"down_blocks.0.resnets.{i}.x.weight" for i in range(60_000)],
+    "both": [f"down_blocks.{i}.resnets.{j}.x.weight" for i in range(3000) for j in range(20)],
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_unet_of_thousands_of_blocks(kind):
+    started = time.process_time()
+    with pytest.raises(
+        ValueError, match="a UNet must have at most 100 blocks and levels, the file"
+    ):
+        names.modules(["conv_in.weight", *NAMES[kind]], "the file")
+    assert time.process_time() - started < 5
+
+
+def test_names_of_strangers_stay_short():
+    long = "x" * 10**6
+    for keys in ([long], ["conv_in.weight", f"{long}.weight"]):
+        with pytest.raises(ValueError) as caught:
+            names.modules(keys, "the file")
+        assert len(str(caught.value)) < 1000
 
 
 def test_json_without_an_end(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,15 @@ def test_a_file_is_told_without_its_tensors(quantized, tmp_path):
     assert texts[:2] == ["int8", "linear only"] and texts[2].endswith(" MB")
     assert texts[3].startswith("int8: ")
     assert made_by == "sd15.safetensors: int8, max, linear only"
+
+
+def test_a_strangers_words_are_told_in_brief(quantized, tmp_path):
+    long, made = "A" * 10**6, quantized(Recipe("int8", "max", layers="linear only")).checkpoint
+    recipe = dict.fromkeys(("format", "algorithm", "layers"), long)
+    header = made.header | {"recipe": recipe, "source": {"name": long, "sha256": ""}}
+    files.write(replace(made, header=header), tmp_path / "one.safetensors")
+    chips, made_by = of_files.of_file(str(tmp_path / "one.safetensors"))
+    assert len(str(chips)) < 3000 and len(made_by) < 1000
 
 
 def test_other_files(tmp_path):

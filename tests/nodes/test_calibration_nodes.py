@@ -13,10 +13,14 @@ import pytest
 import torch
 from comfy_api.latest import io
 from comfyui_modelopt.nodes import folders, load_calibration
+from comfyui_modelopt.nodes.auto_quantize import AutoQuantize
 from comfyui_modelopt.nodes.calibration_prompts import CalibrationPrompts
+from comfyui_modelopt.nodes.import_checkpoint import ImportCheckpoint
 from comfyui_modelopt.nodes.load_calibration import LoadCalibration
+from comfyui_modelopt.nodes.load_unet import LoadUNet
 from comfyui_modelopt.nodes.record_calibration import RecordCalibration
 from comfyui_modelopt.nodes.save_calibration import SaveCalibration
+from comfyui_modelopt.nodes.save_unet import SaveUNet
 from comfyui_modelopt.quantize import calibration as calibration_file
 from comfyui_modelopt.quantize import prompts as prompt_list
 from comfyui_modelopt.quantize.bridge import sampling
@@ -230,6 +234,22 @@ def test_a_missing_file_is_caught_before_the_run(models):
     with pytest.raises(ValueError, match=r"gone\.safetensors"):
         LoadCalibration.execute("gone.safetensors")
     assert LoadCalibration.validate_inputs(calibration_name=None) is True
+
+
+@pytest.mark.parametrize("value", [5, {}, ["a"], True, 1.5])
+def test_names_that_are_no_text_are_refused(value):
+    """A workflow's JSON may hold anything."""
+    for node, key in (
+        (LoadCalibration, "calibration_name"),
+        (LoadUNet, "unet_name"),
+        (ImportCheckpoint, "checkpoint_name"),
+        (SaveUNet, "filename_prefix"),
+    ):
+        assert "got " in node.validate_inputs(**{key: value})
+        if node is not SaveUNet:
+            assert "missing" in node.fingerprint_inputs(value)
+    target = {"target": "recipe", "recipe": value}
+    assert "must be JSON text" in AutoQuantize.validate_inputs(target=target)
 
 
 def test_loading_cannot_leave_the_folder(models, tmp_path):

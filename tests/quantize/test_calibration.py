@@ -10,6 +10,7 @@ import torch
 from comfyui_modelopt.quantize import calibration
 from comfyui_modelopt.quantize.calibration import Calibration, Record, Run, load, save
 from comfyui_modelopt.quantize.records import keep
+from comfyui_modelopt.utils.finite import all_finite
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -289,6 +290,18 @@ def test_a_hand_edited_file_is_refused(tmp_path, damage):
     path = edit(save(a_calibration(), tmp_path / "edited.safetensors"), change)
     with pytest.raises(ValueError, match=rf"as it was saved, got .*({found}).*edited.*: copy"):
         load(path)
+
+
+def test_records_that_share_a_tensor_have_it_looked_through_once(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(calibration, "all_finite", lambda x: looked.append(id(x)) or all_finite(x))
+
+    def change(header, tensors):
+        header["runs"][0]["records"] *= 1000
+
+    path = edit(save(a_calibration(), tmp_path / "many.safetensors"), change)
+    assert len(load(path)) >= 1000
+    assert looked and len(looked) == len(set(looked))
 
 
 def test_an_unedited_file_survives_the_editing_helper(tmp_path):

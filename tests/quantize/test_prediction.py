@@ -17,6 +17,7 @@ from comfyui_modelopt.formats import files
 from comfyui_modelopt.formats.checkpoint import PER_TOKEN
 from comfyui_modelopt.loaders import expected, info, trial
 from comfyui_modelopt.loaders import unet as loader
+from comfyui_modelopt.nodes import planning
 from comfyui_modelopt.quantize import calling, engine, modelopt, needs, prediction, trying
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_ONLY, MODES
@@ -289,6 +290,21 @@ def test_memory_of_what_is_held_in_any_dtype(dtype, recipe, latent, lora, checkp
     check_memory(patched(model, checkpoints) if lora else model, recipe, calls)
 
 
+def test_memory_of_records_of_several_sizes(sd15):
+    """As the largest one's, wherever it stands."""
+    generator = torch.Generator().manual_seed(1)
+    given = [[torch.randn(1, 77, 768, generator=generator), {}]]
+    small, large = (
+        record(sd15[0], given, given, {"samples": torch.zeros(1, 4, *size)})
+        for size in (SMALL, LARGE)
+    )
+    found = []
+    for calls in (small.merge(large), large.merge(small), large):
+        check_memory(sd15[0], Recipe("int8", "max"), calls)
+        found.append(planning.plan(sd15[0], Recipe("int8", "max"), calls)[1])
+    assert len({(one["call_bytes"], one["quantize_bytes"]) for one in found}) == 1
+
+
 def patched(model, checkpoints):
     """The MODEL with a LoRA."""
     weights = comfy.utils.load_torch_file(str(checkpoints / "lora.safetensors"))
@@ -301,11 +317,12 @@ def check_memory(model, recipe: Recipe, calls) -> None:
     source, device = model.model.diffusion_model, torch.device("cpu")
     _, plans, _ = engine.prepared(source, recipe)
     planned = prediction.checkpoint(model, recipe, plans, calls)
-    trials, call = trying.layers(source, plans, device), calling.try_call(model, next(iter(calls)))
+    largest = calling.largest(calls)
+    trials, call = trying.layers(source, plans, device), calling.try_call(model, largest)
     chosen = expected.kernels(planned, model)
     dequantized = expected.in_floating_point(chosen, planned.layers)
     tried = trial.calls(planned, model, chosen, call.inputs)
-    laid_out = calling.laid_out(model, next(iter(calls)), call, tried.last)
+    laid_out = calling.laid_out(model, largest, call, tried.last)
     running = needs.call_peak(source, plans, trials, laid_out, dequantized, tried.working)
     quantizing, ram = needs.memory(model, planned, plans, trials, call)
 
@@ -318,7 +335,7 @@ def check_memory(model, recipe: Recipe, calls) -> None:
     assert chosen == loader.kernels(loaded)
     held = info.weight_bytes(loaded)
     assert expected.held_bytes(planned, model) == held
-    real = calling.try_call(loaded, next(iter(calls)))
+    real = calling.try_call(loaded, largest)
     assert running == pytest.approx(real.peak, rel=0.1)
 
 

@@ -77,6 +77,12 @@ def _deep_metadata(rng, header, content):
     return joined({**header, "__metadata__": metadata}, content)
 
 
+def _lists(rng, header, content):
+    name = rng.choice([*header["__metadata__"]])
+    metadata = header["__metadata__"] | {name: '{"x": [' + "[]," * 2**22 + "1]}"}
+    return joined({**header, "__metadata__": metadata}, content)
+
+
 def _long(rng, header, content):
     metadata = header["__metadata__"] | {"more": "x" * rng.choice((2**20, 2**24, 2**25))}
     return joined({**header, "__metadata__": metadata}, content)
@@ -133,6 +139,7 @@ LIES = {
     "its length is huge": _huge,
     "deeply nested": _deep,
     "a text in it is deeply nested": _deep_metadata,
+    "a text in it is of 4 million lists": _lists,
     "it is long": _long,
     "30,000 empty tensors": _many,
     "a name twice": _duplicate,

@@ -51,7 +51,7 @@ def changed_json(rng: random.Random, text: str) -> tuple[str, str]:
 def broken_json(rng: random.Random, text: str) -> tuple[bytes, str]:
     """Text that is no JSON, or JSON without an end, or of another kind."""
     kind = rng.choice(
-        ("cut", "flip", "deep", "long number", "not UTF-8", "BOM", "another kind", "NUL")
+        ("cut", "flip", "deep", "long number", "not UTF-8", "BOM", "another kind", "NUL", "lists")
     )
     data = text.encode()
     if kind == "cut":
@@ -66,6 +66,7 @@ def broken_json(rng: random.Random, text: str) -> tuple[bytes, str]:
         "not UTF-8": data[:9] + b"\xff\xfe" + data[9:],
         "BOM": b"\xef\xbb\xbf" + data,
         "another kind": json.dumps(rng.choice(HOSTILE)).encode(),
+        "lists": b"[" + b"[]," * 2**22 + b"1]",
         "NUL": data[:9] + b"\0" + data[9:],
     }
     return made[kind], kind

@@ -87,10 +87,11 @@ def parts(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 def bombs(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """Members that unpack to much more than the file holds."""
+    """What unpacks, or is read, to much more than the file holds."""
     members = _members(data)
     pickled = next(name for name in members if name.endswith("data.pkl"))
-    kind = rng.choice(("packed data", "packed pickle", "huge member", "expanded", "many expanded"))
+    kinds = ("packed data", "packed pickle", "huge member", "expanded", "many expanded")
+    kind = rng.choice((*kinds, "one list again and again", "empty lists"))
     if kind == "packed data":
         name = rng.choice([n for n in members if "/data/" in n] or list(members))
         members[name] = bytes(2**28)
@@ -101,9 +102,19 @@ def bombs(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if kind == "huge member":
         members["archive/more"] = bytes(2**28)
         return _zipped(members, packed=True), "a member that unpacks to 256 MB"
+    if kind == "empty lists":
+        members[pickled] = b"\x80\x02" + b"]" * 2**24 + b"."
+        return _zipped(members), "a pickle of 16 million empty lists"
+    objects = _own(data)
+    if kind == "one list again and again":
+        made: list = [0] * 10
+        for _ in range(30):
+            made = [made] * 10
+        holder = rng.choice((objects["modelopt_state"], objects["model_state_dict"]))
+        holder[rng.choice(list(holder))] = made
+        return _saved(objects), "lists of 10 to the power of 31 values"
     import torch
 
-    objects = _own(data)
     state = objects["model_state_dict"]
     for key in list(state) if kind == "many expanded" else [rng.choice(list(state))]:
         shape = (2**14, 2**14, *state[key].shape[2:]) if state[key].ndim > 1 else (2**30,)
