@@ -18,7 +18,7 @@ import socket
 import stat
 import threading
 import time
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -97,7 +97,8 @@ def _read(path: Path) -> Owner:
     that of an unknown process, named by its time."""
     state = path.stat()
     unknown = _unknown(state.st_mtime_ns)
-    if not stat.S_ISREG(state.st_mode):  # a pipe would be read without an end
+    kind = stat.S_IFMT(state.st_mode)
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):  # a pipe would be read without an end
         return unknown
     try:
         found = Owner(**json.loads(path.read_text(encoding="utf-8")))
@@ -124,7 +125,8 @@ def _chain(output: Path) -> list[tuple[Path, Owner]]:
             while path.exists():
                 owner = _read(path)
                 if any(start + owner.token == known.name for known in (path, *dict(chain))):
-                    owner = _unknown(path.stat().st_mtime_ns)  # no claim names one before it
+                    # no claim names one before it; the number differs from those of all before
+                    owner = replace(owner, place="", token=f"{owner.token}-{len(chain)}")
                 chain.append((path, owner))
                 path = output.with_name(start + owner.token)
             return chain

@@ -38,7 +38,7 @@ def found(given: Sequence[Path]) -> tuple[Path, ...]:
                     f"a checkpoint must be a file, {match} is a folder: name the files in it, such "
                     f"as {match / '*.safetensors'}"
                 )
-            if not match.is_file():
+            if match.exists() and not match.is_file():
                 raise UsageError(
                     f"a checkpoint must be a file, {match} is a pipe or a device: name a file"
                 )
@@ -54,12 +54,13 @@ def check_names(order: Order) -> None:
     """Names must differ also where a file system does not tell large letters from small ones."""
     names: dict[str, Path] = {}
     for file in order.files:
-        if (length := len(os.fsencode(order.output(file).name))) > LONGEST_NAME:
+        name = order.output(file).name
+        if (length := len(name if os.name == "nt" else os.fsencode(name))) > LONGEST_NAME:
             raise UsageError(
                 f"an output's name must have at most {LONGEST_NAME} bytes, "
-                f"{brief(order.output(file).name)} has {length}: shorten --suffix, or rename the checkpoint"
+                f"{brief(name)} has {length}: shorten --suffix, or rename the checkpoint"
             )
-        other = names.setdefault(order.output(file).name.casefold(), file)
+        other = names.setdefault(name.casefold(), file)
         if other != file:
             raise UsageError(
                 f"files for one folder must have different names, got {other} and {file}: rename "
@@ -68,21 +69,26 @@ def check_names(order: Order) -> None:
 
 
 def check_kept(args: argparse.Namespace, order: Order) -> None:
-    """That --progress and --summary write over nothing but what they wrote before."""
+    """That --progress and --summary write over no file of the command, nor each other's."""
     others = [*order.files, *map(order.output, order.files), *(one.path for one in order.loras)]
     others += filter(None, (args.calibration, args.prompts, args.recipe))
-    names = {_real(one): str(one) for one in others}
     for flag, path in (("--progress", args.progress), ("--summary", args.summary)):
         if path is None:
             continue
         if path.exists() and not path.is_file():
             raise UsageError(f"{flag} must name a file, {path} is none: name another")
-        if (other := names.setdefault(_real(path), flag)) != flag:
+        if (other := next((one for one in others if _same(one, path)), None)) is not None:
             raise UsageError(f"{flag} must name a file of its own, {path} is {other}: name another")
+        others.append(path)
 
 
-def _real(path: Path) -> str:
-    return os.path.normcase(os.path.realpath(path))
+def _same(one: Path, other: Path) -> bool:
+    """Whether they name one file; of files that are not there, by their names, however written."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        first, second = map(os.path.realpath, (one, other))
+        return first.casefold() == second.casefold()
 
 
 def _is_utf8(path: Path) -> bool:

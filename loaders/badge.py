@@ -13,6 +13,7 @@ from ..utils.text import brief
 from . import device, stock
 
 # how a MODEL whose layers compute in 16 bits runs on any device
+LONGEST = 2000  # characters of how a file was made
 WEIGHTS_ONLY = "weights in few bits, computed in 16: saves memory, not time"
 
 
@@ -29,7 +30,7 @@ def of_file(path: str) -> tuple[list[dict[str, str]], str]:
     recipe = header["recipe"]
     words = [brief(recipe[key]) for key in ("format", "layers") if recipe.get(key)]
     source = (header.get("source") or {}).get("name")
-    made_by = (f"{brief(source)}: " if source else "") + brief(recipe_line(recipe))
+    made_by = (f"{brief(source)}: " if source else "") + brief(recipe_line(recipe), LONGEST)
     return [*(badge.chip(word) for word in words), size, *_of_layers(layers)], made_by
 
 

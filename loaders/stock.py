@@ -10,7 +10,7 @@ import comfy.sd
 from ..formats import files
 from ..utils import out_of_memory
 from ..utils.report import megabytes
-from ..utils.text import brief
+from ..utils.text import brief, read_json
 from ..utils.unreadable import raise_unless_damage
 
 MARKER = ".comfy_quant"
@@ -37,6 +37,12 @@ def is_stock(path: str) -> bool:
 @out_of_memory.explained("loading", out_of_memory.FREE)
 def load(path: str):
     """File -> MODEL, exactly as "Load Diffusion Model" gives it. Raises ValueError in house form."""
+    try:
+        read_json(files.metadata_of(path)[0].get(files.COMFY_HEADER, "null"))
+    except ValueError as error:  # else ComfyUI would read it, whatever it takes
+        raise ValueError(
+            f"{files.COMFY_HEADER} of the header must be JSON, {path} has {brief(str(error))}: get it again"
+        ) from error
     try:
         return comfy.sd.load_diffusion_model(path)
     except (

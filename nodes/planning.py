@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -86,7 +86,8 @@ def plan(model, recipe: Recipe | Mixed, calibration=None) -> tuple[str, dict]:
             working, laid_out = tried.working, calling.laid_out(model, record, call, tried.last)
         running = needs.call_peak(source, plans, trials, laid_out, dense, working)
     to_quantize = needs.memory(model, found.made, plans, trials, call)
-    seconds = needs.seconds(source, plans, trials, call, records)
+    ordinary = call and replace(call, seconds=call.seconds * calling.share(calibration, record))
+    seconds = needs.seconds(source, plans, trials, ordinary, records)
     step()
     facts = plan_report.Facts(
         recipe=settled.describe(),

@@ -44,6 +44,11 @@ def largest(records: Iterable[Record]) -> Record:
     return max(records, key=_size)
 
 
+def share(records: Collection[Record], record: Record) -> float:
+    """What their calls take of the time of one, on average, by their latents' sizes."""
+    return sum(one.x.numel() for one in records) / (len(records) * record.x.numel())
+
+
 def _size(record: Record) -> tuple[int, int]:
     return record.x.numel(), 0 if record.context is None else record.context.numel()
 

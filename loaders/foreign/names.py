@@ -16,7 +16,7 @@ TEXT_AND_SIZES = (2816, 2560)
 # ResBlocks of a UNet's first half; SDXL's has 6
 MOST_BLOCKS = 100
 # parts of a name that are looked at: down_blocks.0.attentions.0.transformer_blocks.0.
-DEEP = 7
+DEEP = 6
 
 
 def modules(keys: Collection[str], where: str) -> dict[str, str]:
@@ -60,7 +60,9 @@ def of_model(model) -> dict[str, str]:
 def _config(keys: Collection[str], where: str) -> dict[str, object]:
     """What ComfyUI's table depends on, counted from the names of a diffusers UNet."""
     parts = (key.split(".") for key in keys)
-    starts = {".".join(one[:end]) + "." for one in parts for end in range(1, min(len(one), DEEP))}
+    starts = {
+        ".".join(one[:end]) + "." for one in parts for end in range(1, min(len(one), DEEP + 1))
+    }
 
     def count(pattern: str) -> int:
         return next(i for i in itertools.count() if pattern.format(i) not in starts)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ...utils.text import DEEPEST, brief
+from ...utils.text import brief
 from ...utils.unreadable import found, raise_unless_damage
+from . import pickled
 
 PIECE = 2**22
-# bytes of the pickle that names the tensors, and values in it, each counted as often as it is referred to:
-# many times what ModelOpt writes of a UNet, little enough to be read and shown
-LONGEST_PICKLE, MOST_VALUES = 2**22, 10**6
+# bytes of the pickle that names the tensors; ModelOpt's of SDXL has about two million
+LONGEST_PICKLE = 2**24
 
 
 class QTensor:
@@ -57,30 +59,50 @@ def load(path: Path) -> object:
             f"a checkpoint must be a whole file of torch.save, {path} is not ({found(error)}): "
             "get it again"
         ) from error
-    if not _is_limited(found_in):
-        raise ValueError(
-            f"a checkpoint must hold at most {MOST_VALUES} values beside its tensors, nested at most "
-            f"{DEEPEST} deep, {path} holds more: do not use this file unless you know who made it"
-        )
+    if _holds_itself(found_in):
+        raise _too_much(path, f"values nested more than {pickled.DEEPEST} deep")
     return found_in
 
 
-def _is_limited(value: object) -> bool:
-    """Whether going through it ends soon: a short pickle can refer to one list many times, or to itself."""
-    count, stack = 0, [(value, 0)]
+def _too_much(path: Path, found: str) -> ValueError:
+    return ValueError(
+        f"a checkpoint must hold what ModelOpt writes beside its tensors, {path} has {found}: do not use "
+        "this file unless you know who made it"
+    )
+
+
+def _why_not(path: Path, pickles: list[zipfile.ZipInfo]) -> str | None:
+    """Why no pickle of these should be opened, or None."""
+    for one in pickles:
+        if one.file_size > LONGEST_PICKLE:
+            return f"a pickle of {one.file_size} bytes"
+        if reason := pickled.why_not(_stored(path, one)):
+            return reason
+    return None
+
+
+def _stored(path: Path, member: zipfile.ZipInfo) -> bytes:
+    """A member that is not packed, whatever checksum it has: torch can write none."""
+    with path.open("rb") as file:
+        file.seek(
+            member.header_offset + 26
+        )  # of its own header: lengths of the name and of what follows
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        return file.read(member.file_size)
+
+
+def _holds_itself(value: object) -> bool:
+    """Whether going through it has no end. `pickled` has seen that it is small else."""
+    stack = [(value, 0)]
     while stack:
         one, depth = stack.pop()
+        if depth > pickled.DEEPEST:
+            return True
         if isinstance(one, Mapping):
-            inner = [*one.keys(), *one.values()]
-        elif isinstance(one, list | tuple | set | frozenset):
-            inner = one
-        else:
-            continue
-        count += len(inner)
-        if count > MOST_VALUES or depth >= DEEPEST:
-            return False
-        stack += [(x, depth + 1) for x in inner]
-    return True
+            stack += [(x, depth + 1) for x in one.values()]
+        elif isinstance(one, list | tuple):
+            stack += [(x, depth + 1) for x in one]
+    return False
 
 
 def _check_members(path: Path) -> None:
@@ -92,8 +114,8 @@ def _check_members(path: Path) -> None:
             members = archive.infolist()
             packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
             large = sum(m.file_size for m in members) > path.stat().st_size
-            long = [m for m in members if m.filename.endswith("data.pkl")]
-            longest = max((m.file_size for m in long), default=0)
+            pickles = [m for m in members if m.filename.endswith("data.pkl")]
+            reason = None if packed or large else _why_not(path, pickles)
             # torch.serialization.set_crc32_options(False) leaves them all 0
             summed = any(m.CRC for m in members) and not packed and not large
             for member in members if summed else ():
@@ -106,11 +128,8 @@ def _check_members(path: Path) -> None:
             f"a checkpoint must be a whole file of torch.save, {path} is not "
             f"({brief(str(error))}): get it again"
         ) from error
-    if longest > LONGEST_PICKLE:
-        raise ValueError(
-            f"a checkpoint must name its tensors in at most {LONGEST_PICKLE} bytes, {path} has {longest}: "
-            "do not use this file unless you know who made it"
-        )
+    if reason is not None:
+        raise _too_much(path, reason)
     if packed or large:
         raise ValueError(
             "a checkpoint must hold its data as it is, as torch.save writes it, "

@@ -194,7 +194,7 @@ REFUSED = {
     ),
     "both in one": (
         ["--progress", "same.json", "--summary", "same.json"],
-        "--summary must name a file of its own, same.json is --progress",
+        "--summary must name a file of its own, same.json is same.json",
     ),
     "progress a folder": (["--progress", "other"], "--progress must name a file, other is none"),
     "a device for a checkpoint": (["/dev/zero"], "/dev/zero is a pipe or a device"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfyui_modelopt.devtools.torture.mutations import samples, torch_files
 from comfyui_modelopt.loaders import foreign
-from comfyui_modelopt.loaders.foreign import architecture, folder, names, torch_file
+from comfyui_modelopt.loaders.foreign import architecture, folder, names, pickled, torch_file
 
 pytest.importorskip("modelopt.torch.quantization")
 
@@ -116,30 +116,69 @@ def loop() -> list:
     return made
 
 
+def tuples(times: int, width: int) -> tuple:
+    made = (0,) * width
+    for _ in range(times):
+        made = (made,) * width
+    return made
+
+
 PLACES = {
+    "slice": lambda o, x: o["modelopt_state"].update(modelopt_version=slice(x)),
     "version": lambda o, x: o["modelopt_state"].update(modelopt_version=x),
     "mode": lambda o, x: o["modelopt_state"]["modelopt_state_dict"].append((tuple(x), {})),
     "weights": lambda o, x: o["model_state_dict"].update(x=x),
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("value", [nested(30), nested(9), loop()], ids=["deep", "wide", "loop"])
-def test_one_list_that_is_referred_to_again_and_again(saved, tmp_path, place, value):
+def saved_with(tmp_path, saved, place, value):
     objects = torch.load(saved, weights_only=True)
     PLACES[place](objects, value)
     torch.save(objects, tmp_path / "strange.pt")
     assert (tmp_path / "strange.pt").stat().st_size < saved.stat().st_size + 10**4
-    refused(tmp_path / "strange.pt", "must hold at most 1000000 values beside its tensors")
+    return tmp_path / "strange.pt"
+
+
+@pytest.mark.parametrize("place", ["slice", "version", "mode", "weights"])
+@pytest.mark.parametrize("value", [nested(30), nested(9), tuples(20, 10)])
+def test_one_list_that_is_referred_to_again_and_again(saved, tmp_path, place, value):
+    path = saved_with(tmp_path, saved, place, value)
+    refused(path, "has more than 3000000 values, many of them the same one")
+
+
+@pytest.mark.parametrize("place", ["version", "mode", "weights"])
+def test_a_list_that_holds_itself(saved, tmp_path, place):
+    refused(saved_with(tmp_path, saved, place, loop()), "has values nested more than 200 deep")
+
+
+def test_a_key_that_no_one_hashes_in_time(saved, tmp_path):
+    members = torch_files._members(saved.read_bytes())
+    (name,) = (one for one in members if one.endswith("data.pkl"))
+    for key, message in (
+        (
+            b"N" + b"".join(b"q\x00" + b"h\x00" * 2 + b"\x87" for _ in range(40)),
+            "many of them the same",
+        ),
+        (b"N" + b"\x85" * 10**5, "nested more than 200 deep"),
+    ):
+        members[name] = b"\x80\x02}" + key + b"Ns."
+        refused(put(tmp_path, torch_files._zipped(members)), message)
 
 
 def test_a_long_pickle_is_not_opened(saved, tmp_path):
     members = torch_files._members(saved.read_bytes())
     (name,) = (one for one in members if one.endswith("data.pkl"))
-    assert len(members[name]) < torch_file.LONGEST_PICKLE / 10
-    members[name] = b"\x80\x02" + b"]" * torch_file.LONGEST_PICKLE + b"."
-    path = put(tmp_path, torch_files._zipped(members, packed=False))
-    refused(path, "must name its tensors in at most 4194304 bytes, .* has 4194307")
+    assert len(members[name]) < torch_file.LONGEST_PICKLE / 100
+    for pickle, message in (
+        (b"]" * torch_file.LONGEST_PICKLE, "has a pickle of 16777219 bytes"),
+        (b"]" * (pickled.MOST_HOLDERS + 1), "has more than 1000000 lists and tables"),
+        (b"N0" * pickled.MOST_OPERATIONS, "has more than 5000000 operations"),
+    ):
+        members[name] = b"\x80\x02" + pickle + b"."
+        path = put(tmp_path, torch_files._zipped(members))
+        started = time.process_time()
+        refused(path, message)
+        assert time.process_time() - started < 10
 
 
 # ---- folders
