@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Iterator
 
 # limits of a file's pickle: operations, lists and tables, and the values of any of them, each counted
-# as often as it is referred to. ModelOpt's files of SDXL have about a tenth of each for every mode.
+# as often as it is referred to: enough for thousands of quantizers, little enough to be read and shown
 MOST_OPERATIONS, MOST_HOLDERS, MOST_VALUES = 5 * 10**6, 10**6, 3 * 10**6
 DEEPEST = 200
 _MARK = None
-_HOLDERS = ("LIST", "DICT", "TUPLE", "SET")
+_HOLDERS = ("LIST", "DICT", "SET", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 
 
 class _Value:
@@ -37,7 +36,7 @@ def why_not(data: bytes) -> str | None:
     memo: dict[int, _Value] = {}
     holders = 0
     try:
-        for count, (operation, argument) in enumerate(_operations(data)):
+        for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
             name = operation.name
             if count > MOST_OPERATIONS:
                 return f"more than {MOST_OPERATIONS} operations"
@@ -61,11 +60,6 @@ def why_not(data: bytes) -> str | None:
     except (ValueError, LookupError, AttributeError, TypeError):
         return None
     return None
-
-
-def _operations(data: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, object]]:
-    for operation, argument, _ in pickletools.genops(data):
-        yield operation, argument
 
 
 def _run(operation: pickletools.OpcodeInfo, stack: list[_Value | None]) -> _Value | None:

@@ -16,7 +16,7 @@ from ...utils.unreadable import found, raise_unless_damage
 from . import pickled
 
 PIECE = 2**22
-# bytes of the pickle that names the tensors; ModelOpt's of SDXL has about two million
+# bytes of the pickle that names the tensors
 LONGEST_PICKLE = 2**24
 
 
