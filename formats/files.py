@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,8 @@ LISTS = {
     ("calibration", "resolutions"): (list, str),
 }
 COMFY_HEADER = "_quantization_metadata"
+# tensors and layers in a header
+MANY_OBJECTS = 2**16
 # as many characters as Python's longest floating-point number: -2.2250738585072014e-308
 WIDEST_FLOAT = 10**23
 # weights in 16 bits are float16, or bfloat16 where their values need it
@@ -214,8 +217,12 @@ def metadata_of(
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        if length > checksums.LONGEST_HEADER:
-            raise SafetensorError(f"a header of {length} bytes")
+            if length > checksums.LONGEST_HEADER:
+                raise SafetensorError(f"a header of {length} bytes")
+            objects = file.read(length).count(b"{")
+            size = os.fstat(file.fileno()).st_size
+        if objects > max(MANY_OBJECTS, size // 1024):  # each takes a kilobyte of the readers' memory
+            raise SafetensorError(f"a header of {objects} tensors and layers in {size} bytes")
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError, RuntimeError) as error:

@@ -8,7 +8,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 
 import comfy.sd
 import comfy.utils
@@ -27,8 +26,10 @@ from comfyui_modelopt.devtools.torture import (
 )
 from comfyui_modelopt.devtools.torture.outcome import Effort, Row
 from comfyui_modelopt.devtools.torture.subject import Subject, temporary_files
+from comfyui_modelopt.formats import files
 from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
 from comfyui_modelopt.quantize import records
+from comfyui_modelopt.quantize.calibration import save
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills need fork, which Windows has not")
 
@@ -45,8 +46,11 @@ def test_killed_saves(tmp_path, calibration):
         "a.weight_scale": torch.ones(300, 1),
     }
     checkpoint = QuantizedCheckpoint(tensors, {"a": Layer("int8", "linear")}, {"recipe": {}})
-    its = SimpleNamespace(checkpoint=checkpoint, recorded=calibration, folder=tmp_path)
-    ended_well(kills.kill_saves(kills.Saves(its), Effort(), 30), 30)
+    kinds = {
+        "quantized UNet": partial(files.write, checkpoint),
+        "calibration": partial(save, calibration),
+    }
+    ended_well(kills.kill_saves(kills.Saves(kinds, tmp_path / "saves"), Effort(), 30), 30)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,7 @@ def some(where: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["quantize", "save"])
+@pytest.mark.parametrize("job", ["quantize", "save", "export"])
 def test_cancelled_jobs(its, job):
     where = some(range(len(points.count(its, job, cancels.looks))), 3)
     trial = points.Trial(its, job, cancels.looks, cancels.cancel, cancels.judge)
@@ -81,7 +85,7 @@ def test_allocations_of_the_campaign_itself_are_none_of_the_pack():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["quantize", "plan"])
+@pytest.mark.parametrize("job", ["quantize", "plan", "export"])
 def test_memory_that_runs_out(its, job):
     where = some(faults.of_each_line(points.count(its, job, faults.allocations, faults.line)), 6)
     trial = points.Trial(its, job, faults.allocations, faults.out_of_memory, faults.says_memory)
@@ -98,7 +102,7 @@ def test_modelopt_that_fails(its):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["save", "load", "load calibration"])
+@pytest.mark.parametrize("job", ["save", "load", "load calibration", "import"])
 def test_disks_that_fail(its, job):
     def calls(reached):
         return faults.file_calls(reached, str(its.folder))

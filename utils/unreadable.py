@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import zipfile
 from pathlib import Path
 
 from . import out_of_memory
@@ -44,7 +45,7 @@ def found(error: Exception) -> str:
 
 
 def _met(error: Exception) -> BaseException:
-    """What a reader of ComfyUI's met: `load_torch_file` looks for words in an error's first argument,
-    which of an OSError is a number, and so fails with a TypeError of its own."""
-    behind = error.__context__
-    return behind if isinstance(error, TypeError) and isinstance(behind, OSError) else error
+    """What a reader met that tells it by an error of its own. ComfyUI's `load_torch_file` looks for words
+    in an error's first argument, which of an OSError is a number: a TypeError; `zipfile` calls it no zip."""
+    behind, hides = error.__context__, isinstance(error, TypeError | zipfile.BadZipFile)
+    return behind if hides and isinstance(behind, OSError) else error

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .outcome import Effort, Row, not_here
-from .points import heard
+from .points import heard, one_thread
 from .subject import Subject, pack
 
 # linux/sched.h, linux/mount.h
@@ -58,7 +58,8 @@ def apart(function: Callable[[], list[str]]) -> list[str]:
     os.close(read)
     try:
         own_mounts()
-        found = function()
+        with one_thread():
+            found = function()
     except BaseException as error:
         found = [f"{type(error).__name__}: {error}"]
     os.write(write, json.dumps(found).encode())
@@ -92,7 +93,8 @@ def rows(its: Subject, effort: Effort) -> list[Row]:
     kinds = "disk really full", "folder really read-only"
     if (why := why_not()) is not None:
         return [not_here("faults", why, kind) for kind in kinds]
-    sizes = {"save": its.file.stat().st_size, "save calibration": its.recording.stat().st_size}
+    written = {"save": its.file, "save calibration": its.recording, "export": its.exported}
+    sizes = {job: path.stat().st_size for job, path in written.items()}
     full, locked = (Row("faults", kind) for kind in kinds)
     for job, size in sizes.items():
         for share in SIZES[: effort.count(len(SIZES))]:

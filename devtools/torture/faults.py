@@ -34,6 +34,11 @@ TRIES_AGAIN = {
     "modules/attention.py": (),
     "comfy/sd.py": ("decode", "encode"),
 }
+# jobs whose memory runs out, and whose disk fails
+MEMORY = (
+    "record", "quantize", "plan", "auto-quantize", "compare", "load", "export", "import", "benchmark"
+)  # fmt: skip
+FILES = ("save", "save calibration", "load", "load calibration", "quantize", "export", "import")
 _tries_again = False
 
 
@@ -233,7 +238,7 @@ def says_file(error: BaseException | None) -> str | None:
 
 def memory_rows(its: Subject, effort: Effort, say: Callable[[str], None]) -> list[Row]:
     rows = []
-    for job in ("record", "quantize", "plan", "auto-quantize", "compare", "load"):
+    for job in MEMORY:
         lines = count(its, job, allocations, line)
         every = of_each_line(lines)
         where = [every[i] for i in chosen(len(every), effort)]
@@ -247,7 +252,7 @@ def memory_rows(its: Subject, effort: Effort, say: Callable[[str], None]) -> lis
 
 def modelopt_rows(its: Subject, effort: Effort) -> list[Row]:
     rows = []
-    for job in ("quantize", "auto-quantize"):
+    for job in ("quantize", "auto-quantize", "export"):
         where = chosen(len(count(its, job, quantizer_calls)), effort)
         trial = Trial(its, job, quantizer_calls, modelopt_fails, says_modelopt)
         rows.append(trial.rows(NAME, f"ModelOpt fails: {job}", where, effort, RIGHT))
@@ -261,7 +266,7 @@ def file_rows(its: Subject, effort: Effort) -> list[Row]:
         return file_calls(reached, str(its.folder.parent))
 
     rows = []
-    for job in ("save", "save calibration", "load", "load calibration", "quantize"):
+    for job in FILES:
         where = chosen(len(count(its, job, calls)), effort)
         trial = Trial(its, job, calls, disk_fails, says_file)
         rows.append(trial.rows(NAME, f"disk fails: {job}", where, effort, RIGHT))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .outcome import Effort, NotHere, Row
-from .subject import Subject, pack, subject
+from .subject import pack, subject
 
 NAME = "kills"
 FULL = 200
@@ -87,13 +87,8 @@ def without_hard_links() -> None:
 class Saves:
     """What is saved, by name: a function of the path, and the bytes that it must write."""
 
-    def __init__(self, its: Subject) -> None:
-        save = pack("quantize.calibration").save
-        self.kinds: dict[str, Callable[[Path], Any]] = {
-            "quantized UNet": lambda path: pack("formats.files").write(its.checkpoint, path),
-            "calibration": lambda path: save(its.recorded, path),
-        }
-        self.folder = its.folder / "saves"
+    def __init__(self, kinds: dict[str, Callable[[Path], Any]], folder: Path) -> None:
+        self.kinds, self.folder = kinds, folder
         self.old = self.folder / "old.safetensors"
         self.begin()
         self.bytes = {kind: self._undisturbed(kind) for kind in self.kinds}
@@ -179,7 +174,7 @@ def case(saves: Saves, seed: int) -> tuple[str, str, bool]:
 
 def kill_saves(saves: Saves, effort: Effort, wanted: int) -> Row:
     """So many savings that were killed; those that were faster are not counted."""
-    row = Row(NAME, "saving of a quantized UNet or a calibration")
+    row = Row(NAME, "saving of a quantized UNet, a calibration or an export")
     seed = effort.seed
     while row.tried < wanted and not effort.over:
         how, left, killed = case(saves, seed)
@@ -198,5 +193,6 @@ def run(effort: Effort, say: Callable[[str], None]) -> Iterator[Row]:
     if not hasattr(os, "fork"):
         raise NotHere("kills need fork, which Windows has not: run them on Linux or macOS")
     with subject() as its:
-        yield kill_saves(Saves(its), effort, effort.count(FULL))
+        saves = Saves(its.savings(), its.folder / "saves")
+        yield kill_saves(saves, effort, effort.count(FULL))
     yield servers.kills(effort, effort.count(ON_SERVERS))

@@ -27,7 +27,7 @@ from .subject import Subject, differences
 Install = Callable[[Callable[[], None]], contextlib.AbstractContextManager]
 # what an error is to the user: None for right, else what is wrong with it
 Judge = Callable[[BaseException | None], str | None]
-WRITING = ("save", "save calibration")
+WRITING = ("save", "save calibration", "export")
 # of how many points each, one is followed by the whole look and by the same job to its end
 CHECKED = 20
 HANG_SECONDS = 300

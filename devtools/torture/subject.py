@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from .. import inprocess, synthetic
 
@@ -72,6 +73,9 @@ class Subject:
         self.file = folder / "quantized.safetensors"
         pack("formats.files").write(self.checkpoint, self.file)
         self.recording = pack("quantize.calibration").save(self.recorded, folder / "c.safetensors")
+        self.exported = folder / "exported.pt"
+        with torch.inference_mode():
+            pack("quantize.export").save(self.to_export(), self.exported)
         self.jobs: dict[str, Callable[[], int]] = {
             "record": self.record,
             "quantize": self.quantize,
@@ -82,6 +86,9 @@ class Subject:
             "save calibration": self.save_calibration,
             "load": self.load,
             "load calibration": self.load_calibration,
+            "export": self.export,
+            "import": self.import_,
+            "benchmark": self.benchmark,
         }
 
     # --- the jobs ---
@@ -163,6 +170,31 @@ class Subject:
         made = pack("quantize.calibration").load(self.recording)
         return checksum([vars(record) for record in made])
 
+    def to_export(self) -> Any:
+        """The diffusers UNet of the quantized MODEL, as the Export node makes it."""
+        names = pack("loaders.foreign").of_model(self.quantized)
+        config = self.quantized.model.model_config.unet_config
+        checkpoint = pack("loaders.unet").to_checkpoint(self.quantized)
+        steps = pack("utils.progress").progress(len(checkpoint.layers))
+        return pack("quantize.export").quantized_unet(checkpoint, config, names, steps)[0]
+
+    def export(self) -> int:
+        path = self.out / "exported.pt"
+        pack("quantize.export").save(self.to_export(), path)
+        return self._taken(path)
+
+    def import_(self) -> int:
+        os.utime(self.exported)
+        made = pack("loaders.foreign").read(self.exported, pack("utils.progress").progress)
+        model = pack("loaders.unet").load(made, where=self.exported, takes=True)
+        return checksum(model.model.diffusion_model.state_dict())
+
+    def benchmark(self) -> int:
+        module = pack("loaders.benchmark")
+        with mock.patch.multiple(module, WARM_UP=0, ROUNDS=1):  # each UNet call passes 100 points
+            text = module.run(self.quantized, 64, 64, 1, repeats=1)
+        return checksum("16 bits, eager" in text)
+
     def _taken(self, path: Path) -> int:
         """By calls that no campaign makes fail."""
         handle = os.open(path, os.O_RDONLY)
@@ -170,6 +202,18 @@ class Subject:
         os.close(handle)
         os.remove(path)
         return zlib.crc32(data)
+
+    def savings(self) -> dict[str, Callable[[Path], Any]]:
+        """What writes one file each, given its path."""
+        import torch
+
+        with torch.inference_mode():
+            unet = self.to_export()
+        return {
+            "quantized UNet": lambda path: pack("formats.files").write(self.checkpoint, path),
+            "calibration": lambda path: pack("quantize.calibration").save(self.recorded, path),
+            "export": lambda path: pack("quantize.export").save(unet, path),
+        }
 
     def run(self, job: str) -> int:
         import torch

@@ -10,6 +10,7 @@ import torch
 from ...formats.checkpoint import QuantizedCheckpoint
 from ...utils import out_of_memory, sha256
 from ...utils.text import read_json
+from ...utils.unreadable import raise_unless_damage
 from .. import reading, unet
 from . import architecture, folder, torch_file
 from .restored import Restored
@@ -27,6 +28,14 @@ def read(
     remedy) for anything that is not a quantized UNet.
     """
     path = Path(path)
+    try:
+        return _read(path, started)
+    except OSError as error:  # of a look at a folder: the readers explain their own
+        raise_unless_damage(path, error)
+        raise
+
+
+def _read(path: Path, started: Callable[[int], Callable[[], None]]) -> QuantizedCheckpoint:
     if path.is_dir():
         path = folder.component(path)
         make, sources = _of_folder(path), folder.weight_files(path)

@@ -16,6 +16,7 @@ from ...utils.unreadable import found, raise_unless_damage
 from . import pickled
 
 PIECE = 2**22
+ZIP = b"PK\3\4"
 # bytes of the pickle that names the tensors
 LONGEST_PICKLE = 2**24
 
@@ -37,11 +38,7 @@ def load(path: Path) -> object:
     plain data ModelOpt's files hold slices and, of compressed weights, names of classes, for which
     an empty class stands in.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"a checkpoint must be in torch.save's zip form, {path} is not: it is damaged, or "
-            "written by an old torch; save it again with mto.save"
-        )
+    _check_form(path)
     _check_members(path)
     try:
         # leaving the context takes away what it allowed, even where it was allowed before
@@ -103,6 +100,21 @@ def _holds_itself(value: object) -> bool:
         elif isinstance(one, list | tuple):
             stack += [(x, depth + 1) for x in one]
     return False
+
+
+def _check_form(path: Path) -> None:
+    """That the file begins as torch's zip files do. (`zipfile.is_zipfile` takes a disk that fails for a no.)"""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(ZIP))
+    except OSError as error:
+        raise_unless_damage(path, error)
+        raise
+    if begins != ZIP:
+        raise ValueError(
+            f"a checkpoint must be in torch.save's zip form, {path} is not: it is damaged, or "
+            "written by an old torch; save it again with mto.save"
+        )
 
 
 def _check_members(path: Path) -> None:

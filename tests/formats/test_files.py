@@ -169,6 +169,18 @@ def test_a_header_tensor_of_any_size(tmp_path):
             read(path)
 
 
+@pytest.mark.parametrize(("each", "good"), [(0, False), (300, True)])
+def test_a_header_of_many_tensors(tmp_path, each, good):
+    """Without bytes of their own they are a stranger's; a calibration may hold as many."""
+    path = tmp_path / "x.safetensors"
+    save_file({str(i): torch.ones(each) for i in range(files.MANY_OBJECTS + 1)}, path)
+    if good:
+        files.check_readable(path)
+        return
+    with pytest.raises(ValueError, match="x.safetensors is not .a header of 65537 tensors and"):
+        files.check_readable(path)
+
+
 def test_foreign_file(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(1)}, path)

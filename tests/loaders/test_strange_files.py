@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pathlib
 import time
 import zipfile
 
 import pytest
 import torch
+from comfyui_modelopt.devtools.torture import faults
 from comfyui_modelopt.devtools.torture.mutations import samples, torch_files
 from comfyui_modelopt.loaders import foreign
 from comfyui_modelopt.loaders.foreign import architecture, folder, names, pickled, torch_file
@@ -232,6 +235,28 @@ def test_a_pipe_is_not_waited_for(tmp_path, name):
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     refused(tmp_path, "must")
+
+
+@pytest.mark.parametrize("point", range(8))
+def test_a_disk_that_fails_is_no_damage(saved, point):
+    """`zipfile` calls what the disk does not give no zip."""
+    passed = []
+
+    def reached():
+        passed.append(point)
+        if len(passed) == point + 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with faults.file_calls(reached, str(saved.parent)):
+        refused(saved, "must be a file that can be read, got Input/output error: check .* the disk")
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "is_file", denied)
+    refused(tmp_path, "must be a file that can be read, got Permission denied: check")
 
 
 def test_a_long_configuration_is_cut():
