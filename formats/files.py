@@ -51,7 +51,7 @@ LISTS = {
     ("calibration", "resolutions"): (list, str),
 }
 COMFY_HEADER = "_quantization_metadata"
-# tensors and layers in a header
+# tensors and layers in a header, itself and what else is in it
 MANY_OBJECTS = 2**16
 # as many characters as Python's longest floating-point number: -2.2250738585072014e-308
 WIDEST_FLOAT = 10**23
@@ -222,7 +222,7 @@ def metadata_of(
             objects = file.read(length).count(b"{")
             size = os.fstat(file.fileno()).st_size
         if objects > max(MANY_OBJECTS, size // 1024):  # each takes a kilobyte of the readers' memory
-            raise SafetensorError(f"a header of {objects} tensors and layers in {size} bytes")
+            raise SafetensorError(f"a header of {objects} objects in {size} bytes")
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
     except (SafetensorError, OSError, RuntimeError) as error:
