@@ -23,12 +23,15 @@ from functools import cache
 from pathlib import Path
 
 from ..utils.boot import boot_id
+from ..utils.text import brief
 
 # seconds between two signs of life, and after which a silent owner on another machine is dead
 HEARTBEAT = 15.0
 PATIENCE = 600.0
 # seconds between two tries to make a claim
 RETRY = 0.02
+# bytes of a claim: a few names and numbers
+LONGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Owner:
     token: str
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}" if self.place else "an unknown process"
+        return f"process {self.pid} on {brief(self.host)}" if self.place else "an unknown process"
 
 
 @cache
@@ -93,15 +96,20 @@ def _paths(output: Path) -> tuple[Path, str]:
 
 
 def _read(path: Path) -> Owner:
-    """Raises FileNotFoundError. What is no claim (half written, where there are no hard links) is
-    that of an unknown process, named by its time."""
-    state = path.stat()
+    """Raises FileNotFoundError, and ValueError for what is no file. What is no claim (half written,
+    where there are no hard links) is that of an unknown process, named by its time."""
+    state = path.lstat()
     unknown = _unknown(state.st_mtime_ns)
-    kind = stat.S_IFMT(state.st_mode)
-    if kind not in (stat.S_IFREG, stat.S_IFDIR):  # a pipe would be read without an end
-        return unknown
+    if not stat.S_ISREG(state.st_mode):  # a pipe would be read without an end
+        raise ValueError(
+            f"a claim must be a file, {path} is a folder, a link or something else: remove it"
+        )
     try:
-        found = Owner(**json.loads(path.read_text(encoding="utf-8")))
+        with path.open("rb") as file:
+            text = file.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            return unknown
+        found = Owner(**json.loads(text.decode()))
     except (ValueError, TypeError, RecursionError):
         return unknown
     kinds = (str, str, int, str, float, str)
@@ -116,13 +124,13 @@ def _unknown(modified: int) -> Owner:
 
 
 def _chain(output: Path) -> list[tuple[Path, Owner]]:
-    """The claims from the first to the one that counts."""
+    """The claims from the first to the one that counts. Raises ValueError for what is none."""
     root, start = _paths(output)
     while True:
         chain: list[tuple[Path, Owner]] = []
         path = root
         try:
-            while path.exists():
+            while os.path.lexists(path):  # of a link too, whatever is at its end
                 owner = _read(path)
                 if any(start + owner.token == known.name for known in (path, *dict(chain))):
                     # no claim names one before it; the number differs from those of all before
@@ -198,17 +206,17 @@ def _remove(path: Path) -> None:
 
 
 def litter(output: Path) -> list[Path]:
-    """Claims that lie beside a file, dead or alive."""
+    """Claims that lie beside a file, dead or alive; nothing but files."""
     root, start = _paths(output)
     if not output.parent.is_dir():
         return []
     with os.scandir(output.parent) as entries:
-        names = [entry.name for entry in entries]
+        names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
     return [output.with_name(x) for x in names if x == root.name or x.startswith(start)]
 
 
 def holder(output: Path, patience: float = PATIENCE) -> Owner | None:
-    """Who is at a file, if anyone is that lives."""
+    """Who is at a file, if anyone is that lives. Raises ValueError as `take` does."""
     chain = _chain(output)
     try:
         return None if not chain or _dead(*chain[-1], output, patience) else chain[-1][1]
@@ -217,7 +225,8 @@ def holder(output: Path, patience: float = PATIENCE) -> Owner | None:
 
 
 def take(output: Path, patience: float = PATIENCE) -> Claim | Owner:
-    """The claim to make `output`, or who has it. Raises OSError where the folder cannot be written.
+    """The claim to make `output`, or who has it. Raises OSError where the folder cannot be written,
+    ValueError for what is no file in a claim's place.
 
     patience: seconds without a sign of life after which an owner on another machine is dead.
     """

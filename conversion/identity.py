@@ -11,6 +11,7 @@ from typing import Any
 
 from ..formats import files
 from ..utils import sha256
+from ..utils.text import brief
 from .options import Order
 
 # the entry of the file's header
@@ -93,13 +94,13 @@ def _difference(wanted: Any, found: Any, where: str = "") -> str | None:
         return None
     if wanted == found:
         return None
+    where = brief(where)
     has = f"no {where}" if found is None else f"{where} {_short(found)}"
     return f"has {has} where {'none' if wanted is None else _short(wanted)} is asked for"
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 70 else f"{text[:69]}…"
+    return brief(json.dumps(value), 70)
 
 
 def _refuse(output: Path, found: str) -> None:

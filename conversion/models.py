@@ -6,9 +6,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import comfy.lora
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -18,13 +19,18 @@ from comfy.samplers import KSampler
 from safetensors import safe_open
 
 from ..formats.files import HEADER
+from ..loaders import bounds
 from ..quantize.bridge.unet import quantized_parameter
 from ..utils import float8, out_of_memory
+from ..utils.finite import JUDGED, all_finite
 from ..utils.text import brief
 from ..utils.unreadable import found, holds_code, raise_unless_damage
+from . import weighing
 from .options import Lora, UsageError
 
 log = logging.getLogger(__name__)
+# kinds of LoRA that look at values while they are computed, and multiply the weight alone
+ROTATIONS = ("oft", "boft")
 
 
 def check_sampler(sampler_name: str, scheduler: str) -> None:
@@ -48,11 +54,13 @@ def load(file: Path, with_clip: bool):
             output_clip=with_clip,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
-    except (RuntimeError, OSError, TypeError) as error:
+    except torch.AcceleratorError:  # of the device: it says nothing of the file
+        raise
+    except Exception as error:  # names and shapes of no UNet meet any kind of error
         raise_unless_damage(file, error)
-        if "Could not detect model type" not in str(error):
-            raise
-        raise _unknown(file) from error
+        if "Could not detect model type" in str(error):
+            raise _unknown(file) from error
+        raise _damaged(file, "a checkpoint", found(error)) from error
     if quantized_parameter(model) is not None:
         raise _quantized(file)
     if with_clip and clip is None:
@@ -71,17 +79,27 @@ def _check(file: Path) -> None:
     and must not be taken for an error of the code.
     """
     quantized, weights = False, True
+    weighing.check(file)
     with _while_reading(file, "a checkpoint"):
         if file.suffix.lower() in float8.SUFFIXES:
             with safe_open(file, framework="pt") as opened:
                 quantized = HEADER in (opened.metadata() or {})
+                shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
             quantized = quantized or float8.weight_of(file) is not None
         else:
-            weights = _are_weights(comfy.utils.load_torch_file(str(file)))
+            held = comfy.utils.load_torch_file(str(file))
+            weights = _are_weights(held)
+            shapes = (
+                {name: one.shape for name, one in held.items() if torch.is_tensor(one)}
+                if weights
+                else {}
+            )
     if quantized:
         raise _quantized(file)
     if not weights:
         raise _unknown(file)
+    bounds.check(shapes, file)
+    bounds.check_sizes(((name, tuple(shape)) for name, shape in shapes.items()), file)
 
 
 def _are_weights(held: object) -> bool:
@@ -104,10 +122,14 @@ def _while_reading(file: Path, what: str) -> Iterator[None]:
                 f"{what} must hold data only, {file} holds something else and was not opened "
                 f"({found(error)}): get it as .safetensors"
             ) from error
-        raise ValueError(
-            f"{what} must be a whole file of weights, {file} is not ({found(error)}): it is damaged "
-            "or incomplete, get it again, or of another kind, name a file of weights"
-        ) from error
+        raise _damaged(file, what, found(error)) from error
+
+
+def _damaged(file: Path, what: str, why: str) -> ValueError:
+    return ValueError(
+        f"{what} must be a whole file of weights, {file} is not ({why}): it is damaged "
+        "or incomplete, get it again, or of another kind, name a file of weights"
+    )
 
 
 def _unknown(file: Path) -> ValueError:
@@ -137,27 +159,86 @@ def check_loras(loras: Sequence[Lora]) -> None:
 
 
 def _read_lora(path: Path):
-    """Tensors and metadata. Raises ValueError for what is no whole file of weights."""
+    """Tensors and metadata. Raises ValueError for what is no whole file of weights, all finite."""
+    weighing.check(path)
     with _while_reading(path, "a LoRA"):
-        return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+        held, metadata = comfy.utils.load_torch_file(
+            str(path), safe_load=True, return_metadata=True
+        )
+        why = _why_no_lora(held, path.stat().st_size)
+        broken = None if why else _not_finite(held)
+    if why:
+        raise _damaged(path, "a LoRA", why)
+    if broken is not None:
+        raise ValueError(
+            f"a LoRA must hold finite numbers, {path} holds NaN or infinity in {brief(broken)}: it "
+            "is damaged, get it again or leave it out"
+        )
+    return held, metadata
+
+
+def _why_no_lora(held: object, size: int) -> str | None:
+    """size: of the file in bytes. A pickle can call one number a tensor of any shape."""
+    if not _are_weights(held):
+        return "it holds no tensors by name"
+    whole = sum(x.numel() * x.element_size() for x in held.values() if torch.is_tensor(x))
+    return f"it holds tensors of {whole} bytes in {size}" if whole > size else None
+
+
+def _not_finite(held: Mapping[str, object]) -> str | None:
+    """The first tensor with NaN or infinity, by its name."""
+    for name, one in held.items():
+        if torch.is_tensor(one) and one.dtype in JUDGED and not all_finite(one):
+            return name
+    return None
 
 
 def with_loras(model, clip, loras: Sequence[Lora]):
-    """MODEL and CLIP as Load LoRA gives them. Raises ValueError for one that cannot be read or changes
-    nothing."""
+    """MODEL and CLIP as Load LoRA gives them. Raises ValueError for one that cannot be read,
+    changes nothing, or does not fit."""
     for lora in loras:
         tensors, metadata = _read_lora(lora.path)
-        before = _patches(model)
-        changed, clip = comfy.sd.load_lora_for_models(
-            model, clip, tensors, lora.strength, lora.strength, lora_metadata=metadata
-        )
-        if _patches(changed) == before:
+        try:
+            changed, clip = comfy.sd.load_lora_for_models(
+                model, clip, tensors, lora.strength, lora.strength, lora_metadata=metadata
+            )
+        except Exception as error:  # of tensors that others go with, or of odd shapes
+            raise_unless_damage(lora.path, error)
+            raise _damaged(lora.path, "a LoRA", found(error)) from error
+        if _patches(changed) == _patches(model):
             raise ValueError(
                 f"a LoRA must change layers of the checkpoint, {lora.path} changes none: it is for "
                 "another kind of model, leave it out"
             )
+        _check_fits(changed, model.patches, lora.path)
         model = changed
     return model, clip
+
+
+def _check_fits(model, before: Mapping[str, Sequence], path: Path) -> None:
+    """Raises ValueError where ComfyUI could not add what is new to a weight, tried on tensors
+    without values: with them it multiplies first, whatever comes of it."""
+    for name, patches in model.patches.items():
+        new = [
+            one
+            for one in patches[len(before.get(name, ())) :]
+            if getattr(one[1], "name", None) not in ROTATIONS
+        ]
+        weight = comfy.utils.get_attr(model.model, name)
+        try:
+            with out_of_memory.not_swallowed():
+                made = comfy.lora.calculate_weight(
+                    new, torch.empty_like(weight, device="meta"), name
+                )
+            fits, cause = made.shape == weight.shape, None
+        except Exception as error:
+            raise_unless_damage(path, error)
+            fits, cause = False, error
+        if not fits:
+            raise ValueError(
+                f"a LoRA must become part of the weights it is for, {path} does not fit {name} of "
+                f"the shape {list(weight.shape)}: take it out, or get one made for this model"
+            ) from cause
 
 
 def _patches(model) -> int:

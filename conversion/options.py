@@ -249,7 +249,9 @@ def _calibration(
     if args.calibration is not None:
         return paths.existing(args.calibration, "--calibration"), ()
     if args.prompts is not None:
-        lines = tuple(prompts.split(paths.text(args.prompts, "--prompts")))
+        text = paths.text(args.prompts, "--prompts")
+        prompts.check(text, args.prompts)
+        lines = tuple(prompts.split(text))
         if not lines:
             raise UsageError(
                 f"a calibration needs at least 1 prompt, got 0 in {args.prompts}: write one a line"

@@ -82,8 +82,10 @@ def clear(output: Path) -> None:
     if not output.exists():
         return
     left = re.compile(rf"[.]{re.escape(output.name)}[.][0-9a-f]{{16}}[.]calibration")
-    for path in [path for path in output.parent.iterdir() if left.fullmatch(path.name)]:
-        path.unlink(missing_ok=True)
+    found = [path for path in output.parent.iterdir() if left.fullmatch(path.name)]
+    for path in found:
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
 
 
 def _read(kept: Path) -> Calibration | None:

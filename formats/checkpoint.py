@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..utils.finite import PIECE
 from ..utils.text import brief
 from . import FORMATS, get
 
@@ -26,6 +27,7 @@ SCALE_SUFFIXES = (
     "svd_up",
     "svd_down",
 )
+CHANNEL = re.compile(r"0|[1-9][0-9]{0,8}")  # a key of `amax_exceptions`
 CONTEXT_WIDTH = re.compile(r"input_blocks\.(\d+)\.1\.transformer_blocks\.0\.attn2\.to_k")
 STATIC, PER_TOKEN, SIXTEEN = "static", "per token", "16 bits"
 # (format, kind) -> ways to quantize activations beside the format's own
@@ -245,6 +247,12 @@ def _validate_layer(name: str, layer: Layer, tensors: dict[str, torch.Tensor], w
 
 
 def _validate_values(name: str, key: str, value: torch.Tensor, where: str) -> None:
+    """In pieces, as a stranger's scales may be larger than any weight."""
+    for piece in value.reshape(-1).split(PIECE):
+        _validate_piece(name, key, piece, where)
+
+
+def _validate_piece(name: str, key: str, value: torch.Tensor, where: str) -> None:
     if value.dtype == torch.uint8:  # biased exponents, 255 is NaN
         if bool((value == 255).any()):
             _fail(f"{key} of {name} must be finite", "an exponent of 255", where)

@@ -20,7 +20,7 @@ from ..utils.files import DTYPES, header_text, save_safetensors, whole_header
 from ..utils.text import brief, brief_repr, read_json
 from ..utils.unreadable import raise_unless_damage
 from . import FORMATS, int8
-from .checkpoint import FORMAT_VERSION, INPUTS, REMEDY, Input, Layer, QuantizedCheckpoint
+from .checkpoint import CHANNEL, FORMAT_VERSION, INPUTS, REMEDY, Input, Layer, QuantizedCheckpoint
 
 PREFIX = "modelopt."
 STOCK_PREFIX = "model.diffusion_model."
@@ -221,7 +221,9 @@ def metadata_of(
                 raise SafetensorError(f"a header of {length} bytes")
             objects = file.read(length).count(b"{")
             size = os.fstat(file.fileno()).st_size
-        if objects > max(MANY_OBJECTS, size // 1024):  # each takes a kilobyte of the readers' memory
+        if objects > max(
+            MANY_OBJECTS, size // 1024
+        ):  # each takes a kilobyte of the readers' memory
             raise SafetensorError(f"a header of {objects} objects in {size} bytes")
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
@@ -367,7 +369,7 @@ def _layer(name: str, entry, scale: torch.Tensor | None, where: str) -> Layer:
     if isinstance(exceptions, str) and entry["format"] == int8.NAME:
         exceptions = _exceptions(name, exceptions, scale, where)
     if not isinstance(exceptions, dict) or not all(
-        key.isdecimal() and _positive(value) for key, value in exceptions.items()
+        CHANNEL.fullmatch(key) and _positive(value) for key, value in exceptions.items()
     ):
         _fail_entry("amax_exceptions", "positive numbers by channel", name, exceptions, where)
     return Layer(

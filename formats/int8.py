@@ -8,7 +8,6 @@ convolution's with one calibrated scale, because its sum runs over several pixel
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping
 
 import torch
@@ -28,6 +27,7 @@ QMAX = 127.0
 QMIN = -128.0
 # an amax below the smallest step of fp16 counts as zero, as in ModelOpt's fake quantization
 AMAX_EPSILON = 2.0**-24
+PIECE = 2**16  # channels of one look at `amax_exceptions`
 
 
 def needs_input_scale(kind: str) -> bool:
@@ -142,11 +142,16 @@ def exceptions_of(text: str, scale: torch.Tensor) -> dict[str, float]:
         raise ValueError(f"{len(bits)} bytes for {len(scale)} channels")
     if not any(bits):
         return {}
-    others = _other(scale.reshape(-1)).tolist()
-    channels = [i for i in range(8 * len(bits)) if bits[i // 8] & 128 >> i % 8]
-    if any(i >= len(others) or math.isnan(others[i]) for i in channels):
-        raise ValueError("a channel whose scale has no second amax")
-    return {str(i): others[i] for i in channels}
+    places = torch.arange(7, -1, -1, dtype=torch.uint8)
+    unpacked = torch.frombuffer(bytearray(bits), dtype=torch.uint8)[:, None] >> places & 1
+    channels, found = unpacked.reshape(-1).nonzero().flatten(), {}
+    flat = scale.reshape(-1)
+    for piece in channels.split(PIECE):
+        others = _other(flat[piece]) if piece[-1] < len(flat) else None
+        if others is None or bool(others.isnan().any()):
+            raise ValueError("a channel whose scale has no second amax")
+        found |= zip(map(str, piece.tolist()), others.tolist(), strict=True)
+    return found
 
 
 def input_scale(amax: torch.Tensor) -> torch.Tensor:

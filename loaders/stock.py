@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
+import comfy.model_management as management
 import comfy.sd
+from safetensors import safe_open
 
 from ..formats import files
 from ..utils import out_of_memory
 from ..utils.report import megabytes
 from ..utils.text import brief, read_json
 from ..utils.unreadable import raise_unless_damage
+from . import bounds
 
 MARKER = ".comfy_quant"
+# bytes; ComfyUI's have a few dozen
+LONGEST_MARKER = 2**12
 # of the form before the markers
 OLD = "scaled_fp8"
 
@@ -37,18 +43,25 @@ def is_stock(path: str) -> bool:
 @out_of_memory.explained("loading", out_of_memory.FREE)
 def load(path: str):
     """File -> MODEL, exactly as "Load Diffusion Model" gives it. Raises ValueError in house form."""
+    metadata, names = files.metadata_of(path)
     try:
-        read_json(files.metadata_of(path)[0].get(files.COMFY_HEADER, "null"))
+        read_json(metadata.get(files.COMFY_HEADER, "null"))
     except ValueError as error:  # else ComfyUI would read it, whatever it takes
         raise ValueError(
             f"{files.COMFY_HEADER} of the header must be JSON, {path} has {brief(str(error))}: get it again"
         ) from error
+    bounds.check(names, path)
     try:
+        with safe_open(path, framework="pt") as file:
+            shapes = [(name, tuple(file.get_slice(name).get_shape())) for name in names]
+        bounds.check_sizes(shapes, path)
+        for name, shape in shapes:
+            if name.endswith(MARKER) and math.prod(shape) > LONGEST_MARKER:
+                raise ValueError(f"{brief(name)} of {math.prod(shape)} bytes")
         return comfy.sd.load_diffusion_model(path)
-    except (
-        *(RuntimeError, ValueError, TypeError, AttributeError),
-        *(KeyError, IndexError, AssertionError),
-    ) as error:
+    except management.InterruptProcessingException:
+        raise
+    except Exception as error:  # detection of what it does not expect ends in any kind of error
         raise_unless_damage(path, error)
         raise ValueError(
             f"a quantized file without this pack's header must be one that stock ComfyUI opens, "

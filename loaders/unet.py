@@ -21,7 +21,8 @@ from ..kernels.backends import Backend
 from ..utils import out_of_memory
 from ..utils.capability import GPU, PRODUCTS
 from ..utils.progress import progress
-from . import compiling, dispatch, fused, graphs, layouts, ops, reading, simulation
+from ..utils.text import brief
+from . import bounds, compiling, dispatch, fused, graphs, layouts, ops, reading, simulation
 from .device import describe
 from .eight_bit import handed_over, smoothed_alike
 from .patcher import QuantizedPatcher
@@ -29,6 +30,8 @@ from .patcher import QuantizedPatcher
 log = logging.getLogger(__name__)
 ATTACHMENT = "modelopt"
 UNET = "diffusion_model."
+# characters of PyTorch's about shapes
+MOST_WORDS = 1000
 
 
 def read(path: str, step: Callable[[int], None] = reading.unless_cancelled) -> QuantizedCheckpoint:
@@ -129,7 +132,7 @@ def load(
             raise
         raise ValueError(
             f"the tensors must have the shapes of their architecture, {where} differs "
-            f"({' '.join(str(error).split())}): {REMEDY}"
+            f"({brief(' '.join(str(error).split()), MOST_WORDS)}): {REMEDY}"
         ) from error
     if model is None:
         raise ValueError(f"ComfyUI could not build a UNet from {where}: {REMEDY}")
@@ -152,18 +155,24 @@ def load(
 
 def architecture(checkpoint: QuantizedCheckpoint, where: str):
     """ComfyUI's model configuration for these weights. Raises ValueError where it knows none."""
+    bounds.check(checkpoint.tensors, where)
+    bounds.check_sizes(((name, tuple(t.shape)) for name, t in checkpoint.tensors.items()), where)
     tensors = _seen_by_detection(checkpoint, torch.float32)
     # without markers: with them ComfyUI fails on an unknown architecture instead of saying so
     plain = {key: t for key, t in tensors.items() if not key.endswith(".comfy_quant")}
     try:
         config = comfy.model_detection.model_config_from_unet(plain, "")
-    except (
-        KeyError,
-        IndexError,
-    ) as error:  # it looks for names without asking whether they are there
+    except LookupError as error:  # it looks for names without asking whether they are there
         raise ValueError(
-            f"the UNet must have all weights of its architecture, {error.args[0]} is missing in "
+            f"the UNet must have all weights of its architecture, {brief(error.args[0])} is missing in "
             f"{where}: {REMEDY}"
+        ) from error
+    except Exception as error:  # and computes with shapes of any kind
+        if out_of_memory.ran_out(error):
+            raise
+        raise ValueError(
+            f"the UNet must be of an architecture that ComfyUI knows, it finds none in {where} "
+            f"({brief(str(error))}): {REMEDY}"
         ) from error
     if config is None:
         raise ValueError(
@@ -305,7 +314,7 @@ def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], 
     if missing:
         raise ValueError(
             f"the file must hold every tensor of the UNet, {where} lacks {len(missing)}, "
-            f"the first {missing[0]}: {REMEDY}"
+            f"the first {brief(missing[0])}: {REMEDY}"
         )
     stray = [
         name for name in checkpoint.layers if getattr(modules.get(name), "kernel", None) is None
@@ -315,5 +324,6 @@ def _check_complete(model, checkpoint: QuantizedCheckpoint, expected: set[str], 
     ]
     if stray:
         raise ValueError(
-            f"every quantized layer must be a layer of the UNet, {where} names {stray[0]}: {REMEDY}"
+            f"every quantized layer must be a layer of the UNet, {where} names {brief(stray[0])}: "
+            f"{REMEDY}"
         )

@@ -6,17 +6,20 @@ from comfy_api.latest import io
 
 from ..loaders import graphs, info, stock
 from ..loaders import unet as loader
+from ..utils.text import brief
 from . import folders
 from .shown import shown
 
+LONGEST = 2000  # characters of how a file was made, as on its badge
 
-def how_to_make(made_by: str | None) -> str:
+
+def how_to_make(made_by: object) -> str:
     """What to do about a file that a workflow names and nobody has, "" where it is not known."""
-    if not made_by:
+    if not made_by or not isinstance(made_by, str):
         return ""
     return (
-        f". The workflow's file was made by: {made_by}. Quantize that checkpoint the same way with "
-        "Quantize UNet (ModelOpt) and save it, or get the file from the workflow's author"
+        f". The workflow's file was made by: {brief(made_by, LONGEST)}. Quantize that checkpoint the "
+        "same way with Quantize UNet (ModelOpt) and save it, or get the file from the workflow's author"
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ from safetensors import SafetensorError, safe_open
 from ..formats import files
 from ..utils import checksums, out_of_memory
 from ..utils.files import save_safetensors
-from ..utils.finite import all_finite
+from ..utils.finite import JUDGED, all_finite
 from ..utils.text import brief, brief_repr, read_json
 from ..utils.unreadable import raise_unless_damage
-from .records import Record, Run, digest, keep
+from .records import OWN, Record, Run, digest, keep
 from .thinning import shares
 
 __all__ = ["FORMAT_VERSION", "Calibration", "Record", "Run", "load", "save"]
 
 FORMAT_VERSION = 1
 METADATA = "modelopt_calibration"
+MOST_RECORDS = 2**14  # in one file, four of the largest that the nodes record; as many runs at most
 _RANKS = {"x": (4,), "timesteps": (1,), "context": (3,), "y": (2,)}
 # of models that are no UNet: videos have frames, and some models take a timestep for each
 _OTHER_RANKS = {"x": (3, 4, 5), "timesteps": (1, 2, 3), "context": (2, 3, 4), "y": (1, 2, 3)}
@@ -116,8 +117,9 @@ class Calibration:
             if seen != wanted:
                 raise ValueError(
                     "a calibration must come from a UNet of the same architecture, got "
-                    f"{name} {seen} recorded from {self.source or 'an unnamed model'} where this "
-                    f"model has {wanted}: record the calibration again with this model"
+                    f"{brief(name)} {brief(seen)} recorded from "
+                    f"{brief(self.source) or 'an unnamed model'} where this model has "
+                    f"{brief(wanted)}: record the calibration again with this model"
                 )
 
 
@@ -132,9 +134,15 @@ def save(
 ) -> Path:
     """Write one safetensors file. Identical tensors are written once.
 
-    begin: bytes of all tensors -> the `step` of `save_safetensors`. Raises as `save_safetensors` does when `path` exists or cannot be written.
+    begin: bytes of all tensors -> the `step` of `save_safetensors`. Raises as `save_safetensors` does
+    when `path` exists or cannot be written, and ValueError for no records or more than MOST_RECORDS.
     """
     path = Path(path)
+    if not 0 < len(calibration) <= MOST_RECORDS:
+        raise ValueError(
+            f"a calibration file must hold 1 to {MOST_RECORDS} UNet calls, got {len(calibration)} for "
+            f"{path}: record with denoise above 0, and with lower max_records where they are too many"
+        )
     tensors: dict[str, torch.Tensor] = {}
     names: dict[bytes, str] = {}
 
@@ -189,6 +197,7 @@ def load(
             "copy it again or record it again"
         ) from error
     try:
+        _check_amounts(header["runs"], tensors)
         sound: set[int] = set()
         runs = [_read_run(run, tensors, header["signature"], sound) for run in header["runs"]]
         return Calibration(tuple(runs), header["signature"], str(header["source"]))
@@ -215,6 +224,16 @@ def _read_header(text: str, path: Path) -> dict[str, Any]:
             f"{brief_repr(version)} in {path}: update the pack or record it again"
         )
     return header
+
+
+def _check_amounts(runs: Sequence[Mapping], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError for no records or too many, and for a dtype that no UNet call has."""
+    records = sum(len(run["records"]) for run in runs)
+    if not 0 < records <= MOST_RECORDS or len(runs) > MOST_RECORDS:
+        raise ValueError(f"{records} UNet calls of {len(runs)} runs, not 1 to {MOST_RECORDS}")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in JUDGED:
+            raise ValueError(f"{brief(name)} of dtype {tensor.dtype}, which no UNet call has")
 
 
 def _read_run(
@@ -248,6 +267,8 @@ def _read_record(
     record = Record(**entry).map(lambda name: tensors[name])
     if not isinstance(record.plain, Mapping):
         raise ValueError(f"plain values that are no table but {brief_repr(record.plain)}")
+    if own := sorted(OWN & (record.kwargs.keys() | record.plain.keys())):
+        raise ValueError(f"{', '.join(own)} among the values passed by other names")
     unet = "class" not in signature
     for name, ranks in (_RANKS if unet else _OTHER_RANKS).items():
         tensor = getattr(record, name)
@@ -257,6 +278,8 @@ def _read_record(
         if len(shape) not in ranks:
             wanted = " or ".join(map(str, ranks))
             raise ValueError(f"{name} with shape {shape} instead of {wanted} dimensions")
+        if 0 in shape:
+            raise ValueError(f"{name} with shape {shape}, which holds no values")
         if shape[0] != len(record.x):
             raise ValueError(f"{name} with batch {shape[0]} beside x with batch {len(record.x)}")
         width = signature.get(_WIDTHS.get(name))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 import torch
 
@@ -12,6 +13,7 @@ from ..utils.text import brief, brief_repr
 LINEAR_AND_CONV = "linear + conv"
 LINEAR_ONLY = "linear only"
 MODES = (LINEAR_AND_CONV, LINEAR_ONLY)
+MOST_PATTERNS = 1000
 
 # ModelOpt's own filter for diffusion UNets, in ComfyUI's names: first and last convolution,
 # embedding projections and skip connections stay in 16 bits
@@ -48,13 +50,21 @@ def select(
 
     lists: patterns of `skip` that need not match a layer, as not every model of a family has all.
     Raises ValueError for a pattern of the user's that matches no layer (a spelling mistake would
-    otherwise quantize a layer that was to be spared), and when nothing is left to quantize.
+    otherwise quantize a layer that was to be spared), for too many, and when nothing is left to
+    quantize.
     """
     if mode not in MODES:
         raise ValueError(f"layers must be one of {', '.join(MODES)}, got {mode!r}")
+    if len(skip) > MOST_PATTERNS:
+        raise ValueError(
+            f"a recipe must have at most {MOST_PATTERNS} skip patterns, found {len(skip)} in skip: "
+            "let one pattern with * stand for many layers"
+        )
     layers = {name: kind for name, m in unet.named_modules() if (kind := kind_of(m)) is not None}
-    for pattern in skip:
-        if pattern not in lists and not any(fnmatchcase(n, pattern) for n in layers):
+    # compiled once each: fnmatch remembers a few hundred only
+    matches = {pattern: re.compile(translate(pattern)).match for pattern in skip}
+    for pattern, match in matches.items():
+        if pattern not in lists and not any(map(match, layers)):
             raise ValueError(
                 f"a skip pattern must match a layer, {brief_repr(pattern)} matches none of {len(layers)} "
                 f"(such as {_examples(layers)}): correct it or remove the line"
@@ -63,7 +73,7 @@ def select(
         name: kind
         for name, kind in layers.items()
         if (kind == "linear" or mode == LINEAR_AND_CONV)
-        and not any(fnmatchcase(name, pattern) for pattern in skip)
+        and not any(match(name) for match in matches.values())
     }
     if not chosen:
         raise ValueError(

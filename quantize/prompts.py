@@ -36,6 +36,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "max_records": (1, 4096),
 }
 SIZE_STEP = 8
+# brackets in brackets of a prompt: ComfyUI reads each pair in a call of its own
+DEEPEST = 100
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,28 @@ class Sampling:
 def split(text: str) -> list[str]:
     """One prompt a line; blank lines do not count."""
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def check(text: str, where: object) -> None:
+    """Raises ValueError for a line of prompts, which are `where`, that ComfyUI could not read."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if (depth := _depth(line)) > DEEPEST:
+            raise ValueError(
+                f"a prompt must have brackets at most {DEEPEST} deep, line {number} of {where} has "
+                f"them {depth} deep: take some out, or write a bracket that is text as \\("
+            )
+
+
+def _depth(line: str) -> int:
+    """Of open brackets at once; escaped ones are text."""
+    now = deepest = 0
+    for letter in line.replace("\\)", " ").replace("\\(", " "):
+        if letter == "(":
+            now += 1
+            deepest = max(deepest, now)
+        elif letter == ")":
+            now = max(now - 1, 0)
+    return deepest
 
 
 def find(workflow: Mapping[str, Any] | None, node_id: str | None, name: str) -> str | None:

@@ -18,6 +18,8 @@ import torch
 from .thinning import phase_of, shares, spread
 
 Control = dict[str, list[torch.Tensor | None]]
+# arguments of a call that are not among its `kwargs` or `plain`
+OWN = frozenset(["x", "timesteps", "context", "y", "control", "transformer_options"])
 _shared: weakref.WeakValueDictionary[bytes, torch.Tensor] = weakref.WeakValueDictionary()
 
 

@@ -28,8 +28,9 @@ WORTH_A_THREAD = 2**24  # bytes
 TICK = 0.1  # seconds from one call of `step` to the next
 # seconds for which a file that was written may be written again without another time of change
 UNSETTLED = 3.0
-# a header of 100,000 tensors is smaller
+# a header of 100,000 tensors is smaller; each has a table, two lists and up to ten values
 LONGEST_HEADER = 2**24
+MOST_LISTS, MOST_VALUES = 2**19, 2**21
 REMEDY = "the file is damaged or incomplete, get it again"
 # file as it was checked -> whether it has checksums
 _checked: dict[tuple, bool] = {}
@@ -180,7 +181,8 @@ def _header(file, path: Path | str) -> tuple[dict[str, Any], int]:
     """A safetensors header, checked by the library before, and where the data starts."""
     length = int.from_bytes(file.read(8), "little")
     try:
-        header = read_json(file.read(length)) if length <= LONGEST_HEADER else None
+        text = file.read(length) if length <= LONGEST_HEADER else b""
+        header = read_json(text, MOST_LISTS, MOST_VALUES)
     except ValueError:
         header = None
     if not isinstance(header, dict) or not all(

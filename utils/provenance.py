@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 
 from .report import choice_words, layer_lines, opens_line, quality_line, recipe_line
+from .text import ENTRIES, brief
 
 SHOWN = 3  # entries of a list on the node
 LONGEST = 90  # letters of an entry on the node
+WHOLE = 10**5  # of an entry in the whole text
 # what has lines of its own; anything else in a header follows under its own name
 TOLD = ("recipe", "source", "calibration", "quality", "versions", "baked_patches", "imported")
 TOLD += ("model", "opens_in", "opens_in_stock", "unet_config", "format_version")
@@ -28,9 +30,13 @@ def provenance(
         *_facts("Made with", header.get("versions"), full),
         *_imported(header.get("imported"), full),
     ]
-    for name, value in sorted(header.items()):
-        if name not in TOLD and value is not None:
-            lines += _other(name, value, full)
+    others = [x for x in sorted(header.items()) if x[0] not in TOLD and x[1] is not None]
+    shown = _first(others, ENTRIES, full)
+    for name, value in shown:
+        facts = value if isinstance(value, Mapping) else {name: value}
+        lines += _facts(brief(name), facts, full, SHOWN)  # a newer pack's, or another maker's
+    if len(shown) < len(others):
+        lines.append(f"and {len(others) - len(shown)} more entries of the header")
     if full:
         lines += _facts("Architecture", header.get("unet_config"), full)
         if header.get("format_version") is not None:  # it was in a file
@@ -38,21 +44,12 @@ def provenance(
     return [*lines, opens_line(bool(header.get("opens_in_stock")), header.get("recipe"))]
 
 
-def _other(name: str, value: object, full: bool) -> list[str]:
-    """What a newer version of the pack, or another maker, says besides."""
-    if not isinstance(value, Mapping):
-        return _facts(name, {name: value}, full)
-    count = len(value) if full or len(value) <= SHOWN + 1 else SHOWN
-    lines = _facts(name, dict(list(value.items())[:count]), full)
-    return lines if count == len(value) else [*lines, f"  and {len(value) - count} more"]
-
-
 def _source(header: Mapping) -> list[str]:
     source, baked = header.get("source"), header.get("baked_patches") or 0
     return [
-        f"Made from: {source['name'] if source else 'a file that ComfyUI did not name'}",
-        *([f"  SHA-256 {source['sha256']}"] if source else []),
-        f"  model {header.get('model', 'unknown')}",
+        f"Made from: {brief(source['name']) if source else 'a file that ComfyUI did not name'}",
+        *([f"  SHA-256 {brief(source['sha256'])}"] if source else []),
+        f"  model {brief(header.get('model', 'unknown'))}",
         f"  weights with baked-in patches (LoRA): {baked}",
     ]
 
@@ -64,7 +61,8 @@ def _recipe(recipe: Mapping | None, full: bool) -> list[str]:
     lines = [f"Recipe: {recipe_line(recipe)}"]
     assignment = recipe.get("assignment") or {}
     for index, choice in enumerate(recipe.get("choices") or () if full else ()):
-        lines.append(f"  {choice_words(choice)}: {', '.join(assignment.get(str(index), ()))}")
+        names = ", ".join(assignment.get(str(index), ()))
+        lines.append(f"  {choice_words(choice)}: {brief(names, WHOLE)}")
     return lines
 
 
@@ -79,16 +77,18 @@ def _imported(found: Mapping | None, full: bool) -> list[str]:
         return []
     notes = _listed([str(note) for note in found["notes"]], full)
     rest = {name: value for name, value in found.items() if name not in ("kind", "notes")}
-    lines = [f"Imported from: {found['kind']}", *(f"  {note}" for note in notes)]
+    lines = [f"Imported from: {brief(found['kind'])}", *(f"  {note}" for note in notes)]
     return [*lines, *(_facts("Import", rest, full) if rest else [])]
 
 
-def _facts(title: str, facts: Mapping | None, full: bool) -> list[str]:
+def _facts(title: str, facts: Mapping | None, full: bool, most: int = ENTRIES) -> list[str]:
     """A title, and a line for each fact; a list's entries stand on lines of their own where long."""
     if not facts:
         return [f"{title}: unknown"]
     lines = [f"{title}:"]
-    for name, value in facts.items():
+    shown = _first(list(facts.items()), most, full)
+    for name, value in shown:
+        name = brief(name)
         if isinstance(value, Mapping):
             value = [f"{key}: {_text(entry)}" for key, entry in value.items()]
         if not isinstance(value, list | tuple):
@@ -100,20 +100,26 @@ def _facts(title: str, facts: Mapping | None, full: bool) -> list[str]:
             lines.append(f"  {name}: {in_a_row or 'none'}")
         else:
             lines += [f"  {name} ({len(value)}):", *(f"    {entry}" for entry in entries)]
-    return lines
+    rest = len(facts) - len(shown)
+    return [*lines, f"  and {rest} more"] if rest else lines
 
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _first(entries: Sequence, most: int, full: bool) -> Sequence:
+    """All, or the first ones where more than one would be left out."""
+    return entries if full or len(entries) <= most + 1 else entries[:most]
+
+
 def _cut(text: str, full: bool) -> str:
+    text = brief(text, WHOLE)
     return text if full or len(text) <= LONGEST else text[: LONGEST - 1].rstrip() + "…"
 
 
 def _listed(entries: Sequence[str], full: bool) -> list[str]:
     """The entries, or the first ones and how many more there are."""
-    if full or len(entries) <= SHOWN + 1:
-        return [_cut(entry, full) for entry in entries]
-    rest = len(entries) - SHOWN
-    return [*(_cut(entry, full) for entry in entries[:SHOWN]), f"and {rest} more"]
+    shown = _first(entries, SHOWN, full)
+    cut, rest = [_cut(entry, full) for entry in shown], len(entries) - len(shown)
+    return [*cut, f"and {rest} more"] if rest else cut

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from . import capability
+from .text import brief, listed
 
+LONGEST_NOTE = 2000  # it may name many layers
 OPTIONS = ("alpha", "convolutions", "percentile", "rank", "activations")
 KINDS = {"linear": "Linear", "conv2d": "convolution"}
 
@@ -32,17 +34,17 @@ def recipe_line(recipe: Mapping[str, object]) -> str:
     """Format, algorithm and layers of a recipe in one line."""
     if recipe.get("format") == "mixed":
         return mixed_line(recipe)
-    algorithm = str(recipe.get("algorithm", "?"))
-    options = [f"{name} {recipe[name]}" for name in OPTIONS if name in recipe]
+    algorithm = brief(recipe.get("algorithm", "?"))
+    options = [f"{name} {brief(recipe[name])}" for name in OPTIONS if name in recipe]
     if options:
         algorithm += f" ({', '.join(options)})"
-    return f"{recipe.get('format', '?')}, {algorithm}, {recipe.get('layers', '?')}"
+    return f"{brief(recipe.get('format', '?'))}, {algorithm}, {brief(recipe.get('layers', '?'))}"
 
 
 def choice_words(choice: Mapping[str, object]) -> str:
     """A choice of a mixed recipe in a few words."""
-    options = [f"{name} {choice[name]}" for name in OPTIONS if name in choice]
-    return " ".join([str(choice.get("format")), str(choice.get("algorithm")), *options])
+    options = [f"{name} {brief(choice[name])}" for name in OPTIONS if name in choice]
+    return " ".join([brief(choice.get("format")), brief(choice.get("algorithm")), *options])
 
 
 def mixed_line(recipe: Mapping[str, object]) -> str:
@@ -53,7 +55,7 @@ def mixed_line(recipe: Mapping[str, object]) -> str:
         f"{len(assignment.get(str(index), ()))} layers {choice_words(choice)}"
         for index, choice in enumerate(recipe.get("choices") or ())
     ]
-    return "mixed" + (f" for {made_for}" if made_for else "") + ": " + ", ".join(counts)
+    return "mixed" + (f" for {made_for}" if made_for else "") + ": " + ", ".join(listed(counts))
 
 
 def goal_words(goal: Mapping[str, object]) -> str:
@@ -80,7 +82,7 @@ def calibration_line(summary: Mapping[str, object] | None) -> str:
     """What the scales were calibrated on."""
     if not summary:
         return "Calibration: none"
-    sizes = ", ".join(summary.get("resolutions", []))
+    sizes = ", ".join(listed(summary.get("resolutions", [])))
     runs = f"{summary['runs']} run{'' if summary['runs'] == 1 else 's'}"
     return f"Calibration: {summary['records']} UNet calls of {runs} at {sizes}"
 
@@ -148,15 +150,19 @@ def model_report(
         calibration_line(header.get("calibration")),
         *kernel_lines(kernels),
         opens_line(bool(header.get("opens_in_stock")), header.get("recipe")),
-        f"Model: {header.get('model', 'unknown')}",
-        f"Made from: {source['name']} (SHA-256 {source['sha256']})"
+        f"Model: {brief(header.get('model', 'unknown'))}",
+        f"Made from: {brief(source['name'])} (SHA-256 {brief(source['sha256'])})"
         if source
         else "Made from: unknown file",
-        "Made with: " + ", ".join(f"{name} {number}" for name, number in sorted(versions.items())),
+        "Made with: "
+        + ", ".join(listed(f"{name} {made}" for name, made in sorted(versions.items()))),
     ]
     imported = header.get("imported")
     if imported:
-        lines += [f"Imported from: {imported['kind']}", *map(str, imported["notes"])]
+        lines += [
+            f"Imported from: {brief(imported['kind'])}",
+            *listed(imported["notes"], LONGEST_NOTE),
+        ]
     if header.get("baked_patches"):
         lines.append(f"{header['baked_patches']} weights carry baked-in patches (LoRA)")
     return "\n".join(lines)

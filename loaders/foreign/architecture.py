@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from ...utils.text import brief
 
 UNET = "UNet2DConditionModel"
+# what ComfyUI reads off the weights of every UNet
+KNOWN = {"model_channels", "channel_mult", "in_channels", "out_channels", "context_dim"}
 # diffusers' name -> what every UNet of ComfyUI's is built with
 FIXED = {
     "act_fn": "silu",
@@ -34,6 +36,8 @@ def check(config: Mapping, found: Mapping[str, object], where: str) -> None:
     kind = config.get("_class_name", UNET)
     if kind != UNET:
         _fail("the model must be a", UNET, kind, where)
+    if not found.keys() >= KNOWN:
+        _fail("the model must be a", UNET, "another architecture", where)
     widths = [int(found["model_channels"]) * m for m in found["channel_mult"]]
     wanted = {
         "in_channels": found["in_channels"],
@@ -54,7 +58,7 @@ def check(config: Mapping, found: Mapping[str, object], where: str) -> None:
     own = [_heads(width, found) for width in widths]
     kinds = config.get("down_block_types")
     kinds = kinds if isinstance(kinds, (list, tuple)) else []
-    with_attention = [i for i, kind in enumerate(kinds) if "CrossAttn" in str(kind)]
+    with_attention = [i for i, kind in enumerate(kinds[: len(widths)]) if "CrossAttn" in str(kind)]
     if len(given) != len(widths) or any(given[i] != own[i] for i in with_attention):
         _fail("the attention heads of a level must be", own, given, where)
 

@@ -9,15 +9,20 @@ import torch
 
 from ...formats.checkpoint import Input, Layer, QuantizedCheckpoint
 from ...utils import out_of_memory
-from ...utils.finite import all_finite
+from ...utils.finite import JUDGED, all_finite
 
 
 def unquantized(
     plain: Mapping[str, torch.Tensor], modules: Mapping[str, str], where: str
 ) -> dict[str, torch.Tensor]:
-    """Tensors under ComfyUI's names. Raises ValueError for NaN."""
+    """Tensors under ComfyUI's names. Raises ValueError for NaN, and dtypes that no weight has."""
     made = {}
     for key, tensor in plain.items():
+        if tensor.dtype not in JUDGED:
+            raise ValueError(
+                f"weights must be in dtypes that ComfyUI computes with, {key} in {where} is in {tensor.dtype}: "
+                "the file is damaged, get it again"
+            )
         if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(
                 f"weights must be finite, {key} in {where} holds NaN or infinity: the file is "

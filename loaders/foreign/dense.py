@@ -7,6 +7,8 @@ import torch
 from ...utils import out_of_memory, packages
 from ...utils.text import brief
 
+LONGEST_BLOCK = 1024
+
 
 def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> torch.Tensor:
     """The float32 weight that the restored ModelOpt layer multiplies with.
@@ -29,6 +31,7 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> to
             for key, tensor in quantizer.tensors.items()
             if key.startswith(prefix) and key.removeprefix(prefix) == "_amax"
         }
+        _check_blocks(state.get("_block_sizes"), name, where)
         if "_amax" in own and not state.get("_block_sizes"):
             _check_shape(own["_amax"], weight, name, where)
         try:
@@ -45,6 +48,18 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> to
                 "GPU; where that cannot either, the file is damaged, get it again"
             ) from error
     return value.float()
+
+
+def _check_blocks(sizes: object, name: str, where: str) -> None:
+    """ModelOpt fills a weight up to whole blocks, however long they are said to be."""
+    found = (
+        [one for one in sizes.values() if isinstance(one, int)] if isinstance(sizes, dict) else []
+    )
+    if max(found, default=0) > LONGEST_BLOCK:
+        raise ValueError(
+            f"a block of a weight must have at most {LONGEST_BLOCK} values, {brief(name)} in {where} has "
+            f"{brief(max(found))}: the file is damaged, get it again"
+        )
 
 
 def _check_shape(amax: torch.Tensor, weight: torch.Tensor, name: str, where: str) -> None:

@@ -83,7 +83,13 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of the folder, memory-mapped. Raises ValueError where something is missing."""
     merged: dict[str, torch.Tensor] = {}
     for file in weight_files(path):
-        merged |= reading.tensors_of(file)[0]
+        held = reading.tensors_of(file)[0]
+        twice = sorted(merged.keys() & held.keys())
+        if twice:
+            raise ValueError(
+                f"every tensor must be in one shard, {brief(twice[0])} in {file} is in another too: {AGAIN}"
+            )
+        merged |= held
     for index in path.glob("*.safetensors.index.json"):
         missing = sorted(_shards(index).keys() - merged.keys())
         if missing:

@@ -13,8 +13,9 @@ COMFYUI = "input_blocks.0.0.weight"
 DIFFUSERS = "conv_in.weight"
 # widths of SDXL's vector and its refiner's: pooled text of 1280, and 6 or 5 numbers of 256
 TEXT_AND_SIZES = (2816, 2560)
-# ResBlocks of a UNet's first half; SDXL's has 6
+# levels, ResBlocks of a UNet's first half; SDXL's has 6
 MOST_BLOCKS = 100
+LONGEST = 256
 # parts of a name that are looked at: down_blocks.0.attentions.0.transformer_blocks.0.
 DEEP = 6
 
@@ -24,6 +25,7 @@ def modules(keys: Collection[str], where: str) -> dict[str, str]:
 
     Names that are ComfyUI's already stay. Raises ValueError for another architecture.
     """
+    check(keys, where)
     own = {key.rpartition(".")[0] for key in keys}
     if COMFYUI in keys:
         return {name: name for name in own}
@@ -46,6 +48,16 @@ def modules(keys: Collection[str], where: str) -> dict[str, str]:
     return {name: table[name] for name in own}
 
 
+def check(names: Collection[str], where: str) -> None:
+    """Raises ValueError for a name that no module of Python has; errors repeat names."""
+    strange = [one for one in names if len(one) > LONGEST or not one.isprintable()]
+    if strange:
+        raise ValueError(
+            f"names must be printable and have at most {LONGEST} characters, {where} has "
+            f"{brief(strange[0])}: the file is damaged, get it again"
+        )
+
+
 def of_model(model) -> dict[str, str]:
     """diffusers' names of the modules of a MODEL's UNet -> ComfyUI's."""
     own = dict(model.model.diffusion_model.named_modules())
@@ -64,8 +76,17 @@ def _config(keys: Collection[str], where: str) -> dict[str, object]:
         ".".join(one[:end]) + "." for one in parts for end in range(1, min(len(one), DEEP + 1))
     }
 
+    def too_many(found: int) -> ValueError:
+        return ValueError(
+            f"a UNet must have at most {MOST_BLOCKS} blocks and levels, {where} has {found}: this "
+            "architecture cannot be imported"
+        )
+
     def count(pattern: str) -> int:
-        return next(i for i in itertools.count() if pattern.format(i) not in starts)
+        found = next(i for i in itertools.count() if pattern.format(i) not in starts)
+        if found > MOST_BLOCKS:
+            raise too_many(found)
+        return found
 
     def depths(block: str, resnets: int) -> list[int]:
         return [count(f"{block}.attentions.{i}.transformer_blocks.{{}}.") for i in range(resnets)]
@@ -73,10 +94,7 @@ def _config(keys: Collection[str], where: str) -> dict[str, object]:
     levels = range(count("down_blocks.{}."))
     down = [count(f"down_blocks.{i}.resnets.{{}}.") for i in levels]
     if sum(down, len(levels)) > MOST_BLOCKS:
-        raise ValueError(
-            f"a UNet must have at most {MOST_BLOCKS} blocks and levels, {where} has "
-            f"{sum(down, len(levels))}: this architecture cannot be imported"
-        )
+        raise too_many(sum(down, len(levels)))
     up = [d for i in levels for d in depths(f"up_blocks.{i}", down[-1 - i] + 1)]
     return {
         "num_res_blocks": down,

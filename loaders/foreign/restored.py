@@ -7,10 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ...formats.checkpoint import INPUTS, Input, QuantizedCheckpoint
+from ...utils.finite import JUDGED
+from ...utils.text import brief
 from . import names
 from .assemble import checked, damage_named, header, unquantized
 from .quantizers import BEYOND, Quantizer, convert, input_of
 
+# how much more tensors may hold than their bytes in the file
+TIED = 2
 ATTENTION = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "softmax_quantizer")
 ATTENTION += ("bmm2_output_quantizer",)
 
@@ -29,6 +33,8 @@ class Restored:
             raise ValueError(
                 f"model_state_dict must hold whole tensors only, {where} does not: get it again"
             )
+        names.check([*self.states, *state], where)
+        _check_aliases(state, where)
         self.plain: dict[str, torch.Tensor] = {}
         self.quantizers = {name: Quantizer(one) for name, one in self.states.items()}
         for key, tensor in state.items():
@@ -110,17 +116,35 @@ def _check_belongs(name: str, states: list[dict], quantizer: Quantizer, where: s
     for leaf in ("_amax", "_pre_quant_scale"):
         if not isinstance(buffers, Mapping) or not isinstance(buffers.get(leaf), Mapping):
             continue
-        wanted = tuple(buffers[leaf].get("shape", ()))
+        wanted = _shape(buffers[leaf].get("shape", ()))
         tensor = quantizer.tensors.get(leaf)
         if tensor is None and leaf == "_amax":
             continue
         found = None if tensor is None else tuple(tensor.shape)
         if found != wanted:
             raise ValueError(
-                f"{leaf} of {name} must have the shape that ModelOpt's state says, {wanted}, found "
+                f"{leaf} of {name} must have the shape that ModelOpt's state says, {brief(wanted)}, found "
                 f"{'none' if found is None else found} in {where}: state and weights are of two "
                 "checkpoints, get the whole folder again"
             )
+
+
+def _shape(said: object) -> object:
+    """As tensors have theirs; what is none, as it is."""
+    return tuple(said) if isinstance(said, list | tuple) else said
+
+
+def _check_aliases(state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Tensors that share their bytes are made apart; weights may be tied, not all be the same ones."""
+    held = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in state.values()
+    }
+    made, there = sum(one.nbytes for one in state.values()), sum(held.values())
+    if made > TIED * there + 2**20:
+        raise ValueError(
+            f"model_state_dict must hold whole tensors only, those of {where} share {there} bytes and are "
+            f"{made} apart: get it again"
+        )
 
 
 def _owner(key: str, quantizers: Mapping[str, Quantizer]) -> str | None:
@@ -173,6 +197,8 @@ def _quantizer_states(saved, where: str) -> tuple[dict[str, list[dict]], str]:
 def _is_dense(tensor) -> bool:
     """Whether every value of it lies in the file: one value may be said to fill gigabytes."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    if tensor.is_nested or tensor.dtype not in JUDGED or tensor.is_neg():
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
 

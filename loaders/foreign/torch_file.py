@@ -13,10 +13,9 @@ import torch
 
 from ...utils.text import brief
 from ...utils.unreadable import found, raise_unless_damage
-from . import pickled
+from . import pickled, zipped
 
 PIECE = 2**22
-ZIP = b"PK\3\4"
 # bytes of the pickle that names the tensors
 LONGEST_PICKLE = 2**24
 
@@ -38,8 +37,7 @@ def load(path: Path) -> object:
     plain data ModelOpt's files hold slices and, of compressed weights, names of classes, for which
     an empty class stands in.
     """
-    _check_form(path)
-    _check_members(path)
+    check_zip(path)
     try:
         # leaving the context takes away what it allowed, even where it was allowed before
         known = slice in torch.serialization.get_safe_globals()
@@ -63,8 +61,8 @@ def load(path: Path) -> object:
 
 def _too_much(path: Path, found: str) -> ValueError:
     return ValueError(
-        f"a checkpoint must hold what ModelOpt writes beside its tensors, {path} has {found}: do not use "
-        "this file unless you know who made it"
+        f"a checkpoint must hold little beside its tensors, {path} has {found}: do not use this file unless "
+        "you know who made it"
     )
 
 
@@ -102,19 +100,19 @@ def _holds_itself(value: object) -> bool:
     return False
 
 
-def _check_form(path: Path) -> None:
-    """That the file begins as torch's zip files do. (`zipfile.is_zipfile` takes a disk that fails for a no.)"""
+def check_zip(path: Path) -> None:
+    """That a file is a zip as torch.save writes it, which torch can open without harm. Raises ValueError."""
     try:
-        with path.open("rb") as file:
-            begins = file.read(len(ZIP))
+        begins = zipped.begins(path)
     except OSError as error:
         raise_unless_damage(path, error)
         raise
-    if begins != ZIP:
+    if not begins:
         raise ValueError(
             f"a checkpoint must be in torch.save's zip form, {path} is not: it is damaged, or "
             "written by an old torch; save it again with mto.save"
         )
+    _check_members(path)
 
 
 def _check_members(path: Path) -> None:
@@ -123,10 +121,10 @@ def _check_members(path: Path) -> None:
     looks at no checksum of what it maps into memory."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+            members = zipped.members(archive)
             packed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
             large = sum(m.file_size for m in members) > path.stat().st_size
-            pickles = [m for m in members if m.filename.endswith("data.pkl")]
+            pickles = [m for m in members if m.filename.casefold().endswith("data.pkl")]
             reason = None if packed or large else _why_not(path, pickles)
             # torch.serialization.set_crc32_options(False) leaves them all 0
             summed = any(m.CRC for m in members) and not packed and not large

@@ -157,16 +157,51 @@ def test_what_is_no_claim_is_an_unknown_process(tmp_path, text):
     assert not claims.litter(output)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX")
-def test_a_pipe_in_a_claims_place(tmp_path):
+OBSTACLES = {
+    "a folder": lambda path: path.mkdir(),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+}
+if hasattr(os, "mkfifo"):
+    OBSTACLES["a pipe"] = os.mkfifo
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_what_is_no_file_in_a_claims_place(tmp_path, kind):
+    """Nobody gets the claim, and it stays for its owner to remove."""
     output = tmp_path / "a.safetensors"
     path, _ = claims._paths(output)
-    os.mkfifo(path)
-    assert str(claims.take(output)) == "an unknown process"
-    os.utime(path, (0, 0))
+    OBSTACLES[kind](path)
+    for ask in (claims.take, claims.holder):
+        with pytest.raises(ValueError, match="a claim must be a file") as refused:
+            ask(output)
+        assert str(path) in str(refused.value) and str(refused.value).endswith(": remove it")
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_what_is_no_file_among_what_others_left(tmp_path, kind):
+    output = tmp_path / "a.safetensors"
+    junk = tmp_path / f"{claims._paths(output)[1]}junk"
     with claims.take(output) as claim:
+        OBSTACLES[kind](junk)
         assert isinstance(claim, Claim)
-    assert not claims.litter(output)
+    assert [x.name for x in tmp_path.iterdir()] == [junk.name] and not claims.litter(output)
+
+
+def test_a_long_file_is_no_claim(tmp_path, dead):
+    """It is not read whole."""
+    output = tmp_path / "a.safetensors"
+    path = leave(output, dead)
+    path.write_text(path.read_text() + " " * 5000)
+    assert str(claims.take(output)) == "an unknown process"
+
+
+def test_an_owners_name_is_text_of_a_stranger(tmp_path, dead):
+    output = tmp_path / "a.safetensors"
+    leave(output, replace(dead, host="\x1b[2J" * 300, place="elsewhere"))
+    told = str(claims.take(output))
+    assert told.startswith(f"process {dead.pid} on ") and len(told) < 300 and told.isprintable()
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -173,6 +173,18 @@ def test_another_file_under_its_name(made, source, recording, convert, tmp_path,
     assert [path.name for path in place.parent.iterdir()] == [NAME]
 
 
+def test_a_strangers_names_in_an_outputs_place(made, tmp_path):
+    """In the terminal they are cut, and say nothing to it."""
+    checkpoint = loader.read(str(made / NAME))
+    checkpoint.header[identity.HEADER] = {"\x1b[2J" * 1000: 1}
+    files.write(checkpoint, tmp_path / NAME)
+    with pytest.raises(ValueError, match="a file is never overwritten") as refused:
+        identity.there(
+            tmp_path / NAME, {"source": {"sha256": checkpoint.header["source"]["sha256"]}}
+        )
+    assert len(str(refused.value)) < 600 and str(refused.value).isprintable()
+
+
 @contextlib.contextmanager
 def signalled(progress: Path, step: str, number: int = signal.SIGTERM):
     """Sends this process a signal once it says that it is at a step that begins so."""
@@ -460,7 +472,7 @@ DAMAGED = {
     "empty.ckpt": (b"", "EOFError"),
     "zip.ckpt": (zipped("readme"), "file in archive is not in a subdirectory"),
     "cut.ckpt": (saved(WEIGHTS)[:-300], ""),
-    "half.pt": (saved(WEIGHTS)[:400], "failed finding central directory"),
+    "half.pt": (saved(WEIGHTS)[:400], "not a zip file"),
     "old.ckpt": (saved(WEIGHTS, _use_new_zipfile_serialization=False)[:-30], "30 more bytes"),
     "list.ckpt": (saved([torch.zeros(3)]), "no attribute"),
     "numbers.ckpt": (saved({"step": 1, "epoch": 2}), "name an SDXL or SD1.5 checkpoint"),
@@ -471,6 +483,8 @@ DAMAGED = {
     "foreign.ckpt": (saved({"a": Foreign()}), "Foreign was not an allowed global"),
 }
 RULES = {
+    "cut.ckpt": "must be a whole file of torch.save",
+    "half.pt": "must be a whole file of torch.save",
     "foreign.ckpt": "must hold data only",
     "numbers.ckpt": "must hold a diffusion model",
     "nested.ckpt": "must hold a diffusion model",

@@ -160,6 +160,10 @@ REFUSED = {
     ),
     "no prompt": (["--prompts", "empty.txt"], "at least 1 prompt, got 0 in empty.txt"),
     "no text": (["--prompts", "binary.txt"], "a text file in UTF-8, binary.txt cannot be read"),
+    "a prompt of brackets": (
+        ["--prompts", "deep.txt"],
+        "at most 100 deep, line 2 of deep.txt has them 3000 deep",
+    ),
     "no calibration": (["--calibration", "empty.txt"], "must be a whole safetensors file"),
     "no LoRA": (["--lora", "gone:0.5"], "--lora must name a file, there is no file gone"),
     "a LoRA's strength": (
@@ -215,6 +219,7 @@ def test_refused_before_anything_is_done(order, case, capsys, monkeypatch):
     Path("other").mkdir()
     Path("other/A.safetensors").write_text("")
     Path("empty.txt").write_text("\n")
+    Path("deep.txt").write_text("a fox\n" + "(" * 3000)
     Path("binary.txt").write_bytes(b"\xff\xfe\x80")
     arguments, message = REFUSED[case]
     before = sorted(Path().rglob("*"))

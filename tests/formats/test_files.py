@@ -15,6 +15,7 @@ from comfyui_modelopt.formats import files
 from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
 from comfyui_modelopt.utils import checksums
 from comfyui_modelopt.utils.files import save_safetensors
+from comfyui_modelopt.utils.memory import peak_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -92,6 +93,18 @@ EDITS = {
     "unknown activations": (layer(activations="per token"), "activations of a must be one of"),
     "smoothed convolution": (layer(smoothed=True), "smoothing and branches are for linear layers"),
     "exceptions beyond the channels": (layer(amax_exceptions={"9": 1.0}), "must be below 4"),
+    "exceptions of a long number": (
+        layer(amax_exceptions={"9" * 5000: 1.0}),
+        "amax_exceptions of a must be positive numbers by channel",
+    ),
+    "exceptions of one channel twice": (
+        layer(amax_exceptions={"0": 1.0, "00": 2.0}),
+        "amax_exceptions of a must be positive numbers by channel",
+    ),
+    "exceptions in other digits": (
+        layer(amax_exceptions={"\u0663": 1.0}),
+        "amax_exceptions of a must be positive numbers by channel",
+    ),
     "exceptions in other letters": (layer(amax_exceptions="?"), "one bit a channel in base64"),
     "exceptions of more channels": (
         layer(amax_exceptions="AAAA"),
@@ -365,3 +378,17 @@ def test_an_amax_that_is_not_of_its_scale_is_written_out(tmp_path):
     files.write(made, path)
     assert reread(path).layers == made.layers
     assert path.stat().st_size == files.size(made)
+
+
+def test_scales_of_any_size_are_looked_at_in_pieces(monkeypatch):
+    monkeypatch.setattr("comfyui_modelopt.formats.checkpoint.PIECE", 2**10)
+    found, size = small("linear"), 2**20
+    found.layers["a"] = Layer("int8", "linear", rank=size)
+    found.tensors["a.svd_up"] = torch.ones(4, size, dtype=torch.float16)
+    found.tensors["a.svd_down"] = torch.ones(size, 3, dtype=torch.float16)
+    assert peak_of(lambda: found.validate("x"), torch.device("cpu"))[1] < 2**15
+    found.tensors["a.svd_down"][-1, -1] = torch.inf
+    with pytest.raises(
+        ValueError, match="svd_down of a must be finite, found values from 1 to inf"
+    ):
+        found.validate("x")

@@ -8,6 +8,7 @@ from comfyui_modelopt.formats import FORMATS, blocks, files, get
 from comfyui_modelopt.formats.checkpoint import Layer, QuantizedCheckpoint
 from comfyui_modelopt.quantize import modelopt, recipe
 from comfyui_modelopt.utils import capability
+from comfyui_modelopt.utils.memory import peak_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -296,3 +297,13 @@ def test_int8_amax_comes_back_from_one_bit_a_channel():
     for wrong in ("!", "AAAA", "//////////8="):
         with pytest.raises(ValueError):
             form.exceptions_of(wrong, torch.ones(64, 1))
+
+
+def test_one_exception_among_many_channels_takes_little():
+    form, device = FORMATS["int8"], torch.device("cpu")
+    anything = torch.arange(1, 2, 0.001)
+    second = next(iter(form.amax_exceptions(anything / form.QMAX, anything).values()))
+    scale = torch.full((2**20, 1), second) / form.QMAX
+    text = form.exceptions_text({"9": second}, scale)
+    found, peak = peak_of(lambda: form.exceptions_of(text, scale), device)
+    assert found == {"9": second} and peak < 5 * len(scale)

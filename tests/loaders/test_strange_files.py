@@ -15,6 +15,7 @@ from comfyui_modelopt.devtools.torture import faults
 from comfyui_modelopt.devtools.torture.mutations import samples, torch_files
 from comfyui_modelopt.loaders import foreign
 from comfyui_modelopt.loaders.foreign import architecture, folder, names, pickled, torch_file
+from safetensors.torch import save_file
 
 pytest.importorskip("modelopt.torch.quantization")
 
@@ -103,6 +104,106 @@ def test_a_weight_that_its_scales_would_stretch(saved, tmp_path):
     objects["model_state_dict"][name] = objects["model_state_dict"][name].reshape(-1)
     torch.save(objects, tmp_path / "strange.pt")
     refused(tmp_path / "strange.pt", "a weight's amax must broadcast to its shape")
+
+
+BOMB = b"\x80\x02}N" + b"\x85" * 10**5 + b"Ns."
+
+
+@pytest.mark.parametrize("name", ["data.PKL", "Data.Pkl"])
+def test_a_pickle_under_a_name_that_torch_takes_for_its_own(saved, tmp_path, name):
+    members = torch_files._members(saved.read_bytes())
+    (own,) = (one for one in members if one.endswith("data.pkl"))
+    del members[own]
+    path = put(tmp_path, torch_files._zipped({own.replace("data.pkl", name): BOMB} | members))
+    refused(path, "must hold little beside its tensors.*nested more than 200 deep")
+
+
+def test_a_second_directory(saved, tmp_path):
+    members = torch_files._members(saved.read_bytes())
+    (own,) = (one for one in members if one.endswith("data.pkl"))
+    size = max(len(BOMB), len(members[own]))  # what follows a pickle's end is not read
+    good, bad = (members | {own: data.ljust(size)} for data in (members[own], BOMB))
+    path = put(tmp_path, torch_files.two_directories(bad, good))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read(own) == good[own]
+    assert torch._C.PyTorchFileReader(str(path)).get_record("data.pkl") == bad[own]
+    refused(path, "must be a whole file of torch.save.*a directory that is not where it says")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("archive/VERSION", "two members of one name"), ("archive/a\\b", "not all read alike")],
+)
+def test_members_that_not_all_readers_tell_apart(saved, tmp_path, name, why):
+    members = torch_files._members(saved.read_bytes())
+    assert any(one.endswith("/version") for one in members)
+    prefix = next(iter(members)).partition("/")[0]
+    made = members | {name.replace("archive", prefix): b"3"}
+    refused(put(tmp_path, torch_files._zipped(made)), f"must be a whole file.*{why}")
+
+
+def test_a_long_end_of_the_directory(saved, tmp_path):
+    """As torch writes it; what it says must be what the short one says, and where it is."""
+    torch.save(torch.load(saved, weights_only=True), tmp_path / "own.pt")
+    data = (tmp_path / "own.pt").read_bytes()
+    end = len(data) - 98
+    assert data[end : end + 4] == b"PK\6\6"
+    assert foreign.read(tmp_path / "own.pt").layers == foreign.read(saved).layers
+    for place in (end + 4, end + 32, end + 48, end + 56 + 8):
+        made = bytearray(data)
+        made[place] ^= 1
+        refused(put(tmp_path, bytes(made)), "must be a whole file of torch.save")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(3).to(torch.float8_e8m0fnu), "must hold whole tensors only"),
+        (torch.ones(3, dtype=torch.complex64), "must hold whole tensors only"),
+        (torch.nested.nested_tensor([torch.ones(2)]), "must hold whole tensors only"),
+        (torch.ones(3, dtype=torch.uint16), "must hold whole tensors only"),
+    ],
+)
+def test_tensors_that_are_no_weights(saved, tmp_path, tensor, message):
+    objects = torch.load(saved, weights_only=True)
+    objects["model_state_dict"]["out.0.bias"] = tensor
+    torch.save(objects, tmp_path / "strange.pt")
+    refused(tmp_path / "strange.pt", message)
+
+
+def test_one_tensor_under_many_names(saved, tmp_path):
+    objects = torch.load(saved, weights_only=True)
+    base = torch.ones(1000, 1000)
+    objects["model_state_dict"] |= {f"x{i}.weight": base.t() for i in range(60)}
+    torch.save(objects, tmp_path / "strange.pt")
+    refused(tmp_path / "strange.pt", "must hold whole tensors only, those of .* share 4")
+
+
+@pytest.mark.parametrize("said", [5, ["\x1b" * 10**5]])
+def test_a_shape_that_is_none(saved, tmp_path, said):
+    objects = torch.load(saved, weights_only=True)
+    modes = objects["modelopt_state"]["modelopt_state_dict"]
+    for _, state in modes:
+        for one in state["metadata"]["quantizer_state"].values():
+            if "_pytorch_state_metadata" in one and "_amax" in (
+                buffers := one["_pytorch_state_metadata"]["buffers"]
+            ):
+                buffers["_amax"]["shape"] = said
+    torch.save(objects, tmp_path / "strange.pt")
+    refused(tmp_path / "strange.pt", "must have the shape that ModelOpt's state says")
+    with pytest.raises(ValueError) as caught:
+        foreign.read(tmp_path / "strange.pt")
+    assert len(str(caught.value)) < 1000
+
+
+def test_long_blocks(saved, tmp_path):
+    objects = torch.load(saved.with_name("saved-int4.pt"), weights_only=True)
+    for _, state in objects["modelopt_state"]["modelopt_state_dict"]:
+        for name, one in state["metadata"]["quantizer_state"].items():
+            if name.endswith("weight_quantizer"):
+                one["_block_sizes"] = {-1: 10**12}
+    torch.save(objects, tmp_path / "strange.pt")
+    refused(tmp_path / "strange.pt", "at most 1024 values, .* has 1000000000000")
 
 
 def nested(times: int) -> list:
@@ -194,12 +295,15 @@ def test_deep_json(tmp_path):
 
 def test_a_million_lists(tmp_path):
     (tmp_path / folder.CONFIG).write_text('{"x": [' + "[]," * 10**6 + "[]]}")
-    refused(tmp_path, "must be JSON, found more than 1000000 lists and tables")
+    refused(tmp_path, "must be JSON, found more than 200000 lists and tables")
 
 
 NAMES = {
     "levels": [f"down_blocks.{i}.resnets.0.x.weight" for i in range(60_000)],
     "ResBlocks": [f"down_blocks.0.resnets.{i}.x.weight" for i in range(60_000)],
+    "transformers": [
+        f"mid_block.attentions.0.transformer_blocks.{i}.x.weight" for i in range(60_000)
+    ],
     "both": [f"down_blocks.{i}.resnets.{j}.x.weight" for i in range(3000) for j in range(20)],
 }
 
@@ -216,10 +320,31 @@ def test_a_unet_of_thousands_of_blocks(kind):
 
 def test_names_of_strangers_stay_short():
     long = "x" * 10**6
-    for keys in ([long], ["conv_in.weight", f"{long}.weight"]):
+    for keys in ([long], ["conv_in.weight", f"{long}.weight"], [names.COMFYUI, "\x1b[2J.weight"]):
         with pytest.raises(ValueError) as caught:
             names.modules(keys, "the file")
         assert len(str(caught.value)) < 1000
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    (tmp_path / folder.CONFIG).write_text("{}")
+    for number in (1, 2):
+        tensors = {"a": torch.ones(1), f"b{number}": torch.ones(1)}
+        save_file(tensors, tmp_path / f"{number}.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "b1": "1.safetensors", "b2": "2.safetensors"}}
+    (tmp_path / "x.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, "every tensor must be in one shard, a in .*2.safetensors is in another too")
+
+
+FOUND = {"model_channels": 320, "channel_mult": [1], "num_heads": 8, "in_channels": 4}
+FOUND |= {"out_channels": 4, "context_dim": 768}
+
+
+def test_a_configuration_of_another_architecture():
+    config = {"attention_head_dim": 8, "down_block_types": ["CrossAttnDownBlock2D"] * 10}
+    architecture.check(config, FOUND, "the folder")
+    with pytest.raises(ValueError, match="must be a UNet2D.*says another architecture"):
+        architecture.check(config, {"image_model": "flux"}, "the folder")
 
 
 def test_json_without_an_end(tmp_path):
@@ -261,10 +386,8 @@ def test_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
 
 def test_a_long_configuration_is_cut():
     config = {"attention_head_dim": "x" * 10**5, "down_block_types": ["CrossAttn"]}
-    found = {"model_channels": 320, "channel_mult": [1], "num_heads": 8, "in_channels": 4}
-    found |= {"out_channels": 4, "context_dim": 768}
     with pytest.raises(ValueError, match="attention heads of a level must be") as caught:
-        architecture.check(config, found, "the folder")
+        architecture.check(config, FOUND, "the folder")
     assert len(str(caught.value)) < 1000
 
 

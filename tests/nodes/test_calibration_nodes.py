@@ -236,6 +236,17 @@ def test_a_missing_file_is_caught_before_the_run(models):
     assert LoadCalibration.validate_inputs(calibration_name=None) is True
 
 
+def test_how_a_missing_file_was_made_is_told_in_brief(models):
+    def told(made_by):
+        return LoadUNet.validate_inputs("gone.safetensors", made_by)
+
+    assert "was made by: a.safetensors: fp8, max. Quantize" in told("a.safetensors: fp8, max")
+    strange = told("\x1b[2J" * 10**5)
+    assert len(strange) < 3000 and strange.isprintable()
+    for no_text in ([1], {"a": 1}, 5, None, ""):
+        assert "made by" not in told(no_text)
+
+
 @pytest.mark.parametrize("value", [5, {}, ["a"], True, 1.5])
 def test_names_that_are_no_text_are_refused(value):
     """A workflow's JSON may hold anything."""

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,10 @@ def test_check_matches_names_the_difference():
     with pytest.raises(ValueError, match=r"transformer_depth None .* has \[1, 2\]"):
         made.check_matches({**SIGNATURE, "transformer_depth": (1, 2)})
     Calibration(made.runs, {"depth": (1, 2)}).check_matches({"depth": [1, 2]})
+    strange = "\x1b[2J" * 10**5
+    with pytest.raises(ValueError, match="same architecture") as refused:
+        Calibration(made.runs, {strange: strange}, strange).check_matches({strange: 1})
+    assert len(str(refused.value)) < 1000 and str(refused.value).isprintable()
 
 
 def test_check_matches_refuses_an_empty_one():
@@ -270,6 +275,30 @@ DAMAGE = {
     "y batch": (set_tensor("y", torch.ones(3, 7)), "y with batch 3 beside x with batch 2"),
     "x integers": (set_tensor("x", torch.ones(2, 4, 2, 2).int()), "values in x"),
     "x nan": (set_tensor("x", torch.full((2, 4, 2, 2), float("nan"))), "values in x"),
+    "x of no pixels": (set_tensor("x", torch.ones(2, 4, 0, 0)), "which holds no values"),
+    "context of nothing": (set_tensor("context", torch.ones(2, 0, 5)), "which holds no values"),
+    "x of 4 bits": (
+        set_tensor("x", torch.zeros(2, 4, 2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)),
+        "of dtype torch.float4_e2m1fn_x2, which no UNet call has",
+    ),
+    "a tensor of exponents": (
+        lambda h, t: t.update(other=torch.zeros(2, dtype=torch.uint8).view(torch.float8_e8m0fnu)),
+        "other of dtype torch.float8_e8m0fnu",
+    ),
+    "x among the others": (
+        lambda h, t: first(h).update(kwargs={"x": first(h)["x"]}),
+        "x among the values passed by other names",
+    ),
+    "timesteps and y among the others": (
+        lambda h, t: first(h).update(plain={"timesteps": 1, "y": [1]}),
+        "timesteps, y among the values",
+    ),
+    "no records": (lambda h, t: [run.update(records=[]) for run in h["runs"]], "0 UNet calls of 2"),
+    "no run": (lambda h, t: h.update(runs=[]), "0 UNet calls of 0 runs"),
+    "many records": (
+        lambda h, t: h["runs"][0].update(records=[first(h)] * (calibration.MOST_RECORDS + 1)),
+        "163.. UNet calls of 2 runs, not 1 to 16384",
+    ),
     "no timesteps": (lambda h, t: first(h).update(timesteps=None), "timesteps|subscriptable|no "),
     "no runs": (lambda h, t: h.pop("runs"), "no 'runs'"),
     "runs no list": (lambda h, t: h.update(runs=3), "not iterable"),
@@ -302,6 +331,32 @@ def test_records_that_share_a_tensor_have_it_looked_through_once(tmp_path, monke
     path = edit(save(a_calibration(), tmp_path / "many.safetensors"), change)
     assert len(load(path)) >= 1000
     assert looked and len(looked) == len(set(looked))
+
+
+def test_nothing_or_too_much_is_not_saved(tmp_path, monkeypatch):
+    """`load` would refuse it."""
+    path = tmp_path / "a.safetensors"
+    monkeypatch.setattr(calibration, "MOST_RECORDS", 11)
+    for made in (Calibration(signature=SIGNATURE), a_calibration()):
+        with pytest.raises(ValueError, match=f"must hold 1 to 11 UNet calls, got {len(made)} for"):
+            save(made, path)
+    assert not path.exists()
+
+
+def test_as_many_records_as_the_nodes_keep_are_read_again(tmp_path):
+    """With a ControlNet, tensors by other names and a prompt of its own each."""
+    x, other = torch.ones(1, 4, 8, 8), torch.ones(1, 700)
+    control = {"input": [other] * 12, "middle": [other], "output": [other] * 10}
+    values = {f"name{i}": other for i in range(4)}
+    plain = {"sizes": [1, 2, 3]}
+    runs = [
+        Run((Record(x + i, other[0, i : i + 1], control=control, kwargs=values, plain=plain),))
+        for i in range(4)
+    ]
+    prompt = "a [red:blue:0.5] (fox:1.2), " * 4
+    runs = [replace(runs[i % 4], prompt=f"{prompt}{i}", number=i) for i in range(4096)]
+    path = save(Calibration(tuple(runs), SIGNATURE), tmp_path / "a.safetensors")
+    assert len(load(path)) == 4096
 
 
 def test_an_unedited_file_survives_the_editing_helper(tmp_path):

@@ -274,3 +274,18 @@ def test_models_of_several_classes_of_one_name_one_after_the_other(calibration):
         model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
         assert type(model.model.diffusion_model.input_blocks[0][0]) is choice.Conv2d
         assert engine.quantize_model(model, recipe, calibration).checkpoint.layers
+
+
+def test_many_skip_patterns(monkeypatch):
+    """Each is compiled once, and no more are taken than anyone writes."""
+    seen = []
+    translate = layer_choice.translate
+    monkeypatch.setattr(layer_choice, "translate", lambda one: seen.append(one) or translate(one))
+    unet = torch.nn.Module()
+    for number in range(400):
+        unet.add_module(f"a{number}", torch.nn.Linear(1, 1))
+    patterns = [f"a{number}" for number in range(399)]
+    assert layer_choice.select(unet, "linear only", patterns) == {"a399": "linear"}
+    assert seen == patterns
+    with pytest.raises(ValueError, match="at most 1000 skip patterns, found 1001 in skip: let one"):
+        layer_choice.select(unet, "linear only", ["a*"] * 1001)

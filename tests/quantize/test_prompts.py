@@ -1,5 +1,7 @@
 """The built-in prompts, and finding the user's in a workflow."""
 
+import pytest
+from comfy.sd1_clip import escape_important, token_weights
 from comfyui_modelopt.quantize import prompts
 
 
@@ -10,6 +12,17 @@ def test_the_built_in_list_survives_a_text_box():
 
 def test_split_ignores_blank_lines():
     assert prompts.split(" a cat \n\n\t\r\na dog\n") == ["a cat", "a dog"]
+
+
+def test_brackets_that_comfyui_reads():
+    """As deep as they may be, however often; escaped ones are text."""
+    deep = "(" * 100 + "fox" + ")" * 100
+    for text in (f"{deep}, {deep}", "\\(" * 3000, ")" * 3000 + deep):
+        prompts.check(text, "prompts.txt")
+        assert "".join(word for word, _ in token_weights(escape_important(text), 1.0))
+    for text in ("(" * 3000, f"({deep})", f"{')' * 3000}({deep}"):
+        with pytest.raises(ValueError, match="at most 100 deep, line 3 of prompts.txt has them"):
+            prompts.check(f"a cat\n\n{text}", "prompts.txt")
 
 
 WORKFLOW = {

@@ -3,6 +3,7 @@
 import pytest
 from comfyui_modelopt.formats.checkpoint import Layer
 from comfyui_modelopt.utils.provenance import LONGEST, provenance
+from comfyui_modelopt.utils.report import calibration_line, model_report
 
 HEADER = {
     "recipe": {
@@ -95,3 +96,38 @@ def test_a_file_that_says_little(full):
     assert "Calibration: none" in text and "Recipe: unknown" in text
     assert "SQNR: not measured" in text
     assert "Format version" not in text
+
+
+STRANGE = "\x1b[2J" * 20_000
+HOSTILE = {
+    "recipe": {
+        "format": "mixed",
+        "choices": [{"format": STRANGE, "algorithm": STRANGE, "alpha": STRANGE}] * 1000,
+        "assignment": {"0": [STRANGE]},
+    },
+    "source": {"name": STRANGE, "sha256": STRANGE},
+    "calibration": {"runs": 1, "records": 2, "resolutions": [f"{i}x1" for i in range(20_000)]},
+    "versions": {f"{STRANGE}{i}": STRANGE for i in range(300)},
+    "imported": {"kind": STRANGE, "notes": [STRANGE] * 50},
+    "model": STRANGE,
+    **{f"{i}{STRANGE}": {STRANGE: STRANGE} for i in range(300)},
+}
+
+
+def test_a_strangers_words_stay_short_and_are_no_commands_to_a_terminal():
+    report = model_report(HOSTILE, LAYERS, (), 1)
+    short = "\n".join(provenance(HOSTILE, LAYERS))
+    assert len(report) < 80_000 and len(short) < 80_000
+    whole = "\n".join(provenance(HOSTILE, LAYERS, full=True))
+    for text in (report, short, whole):
+        assert text.replace("\n", "").isprintable()
+    assert "and 280 more entries of the header" in short and "  and 280 more\n" in short
+    assert len(calibration_line(HOSTILE["calibration"])) < 300
+    plain = {**HOSTILE, "recipe": {name: STRANGE for name in ("format", "algorithm", "layers")}}
+    assert len(model_report(plain, LAYERS, (), 1)) < 80_000
+
+
+def test_the_whole_text_has_every_entry():
+    header = {"recipe": {}, **{f"name{i}": i for i in range(300)}}
+    text = "\n".join(provenance(header, LAYERS, full=True))
+    assert all(f"  name{i}: {i}\n" in text for i in range(300)) and " more" not in text

@@ -110,7 +110,8 @@ def tensors(rng: random.Random, data: bytes, sealed: bool = False) -> tuple[byte
     parts = Parts(data)
     names = [*parts.header]
     name, other = rng.choice(names), rng.choice(names)
-    kind = rng.choice(("swapped", "missing", "added", "renamed", "dtype", "shape", "resized"))
+    kinds = ("swapped", "missing", "added", "renamed", "dtype", "shape", "resized", "no values")
+    kind = rng.choice((*kinds, "many blocks") if rng.random() < 0.2 else kinds)
     one = parts.header[name]
     if kind == "swapped":
         alike = [n for n in names if n != name and parts.header[n]["dtype"] == one["dtype"]
@@ -135,6 +136,16 @@ def tensors(rng: random.Random, data: bytes, sealed: bool = False) -> tuple[byte
         alike = {"F16": "BF16", "BF16": "F16", "I8": "U8", "U8": "F8_E4M3", "F8_E4M3": "I8"}
         alike |= {"F32": "I32"}
         one["dtype"] = alike.get(one["dtype"], "U8")
+    elif kind == "no values":
+        one["shape"] = rng.choice(
+            ([0, *one["shape"][1:]], [*one["shape"][:1], 0, 3, 3], [2**40, 0])
+        )
+        parts.tensors[name] = b""
+    elif kind == "many blocks":
+        name = rng.choice(("input_blocks", "middle_block.1.transformer_blocks", "blocks"))
+        new = [f"{name}.{i}.x" for i in range(12_000)]
+        parts.header |= {key: {"dtype": "F16", "shape": [1]} for key in new}
+        parts.tensors |= dict.fromkeys(new, bytes(2))
     elif kind == "shape":
         shape = one["shape"]
         one["shape"] = rng.choice((shape[::-1], [1, *shape], [*shape, 1], [_count(shape)]))

@@ -16,6 +16,9 @@ from .texts import flipped as _flipped
 
 __all__ = ["bombs", "cut_out", "edited", "flipped", "hostile", "overwritten", "parts", "truncated"]
 
+# of the end of a zip's directory
+_END = struct.Struct("<4s4H2LH")
+
 
 def truncated(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     """At the start of a member, of its data, of the directory, or anywhere."""
@@ -91,7 +94,8 @@ def bombs(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     members = _members(data)
     pickled = next(name for name in members if name.endswith("data.pkl"))
     kinds = ("packed data", "packed pickle", "huge member", "expanded", "many expanded")
-    kind = rng.choice((*kinds, "one list again and again", "empty lists"))
+    kinds += ("one list again and again", "empty lists", "in capitals", "two directories")
+    kind = rng.choice(kinds)
     if kind == "packed data":
         name = rng.choice([n for n in members if "/data/" in n] or list(members))
         members[name] = bytes(2**28)
@@ -102,9 +106,17 @@ def bombs(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if kind == "huge member":
         members["archive/more"] = bytes(2**28)
         return _zipped(members, packed=True), "a member that unpacks to 256 MB"
+    lists = b"\x80\x02" + b"]" * 2**24 + b"."
     if kind == "empty lists":
-        members[pickled] = b"\x80\x02" + b"]" * 2**24 + b"."
-        return _zipped(members), "a pickle of 16 million empty lists"
+        return _zipped(members | {pickled: lists}), "a pickle of 16 million empty lists"
+    if kind == "in capitals":  # for torch the same name
+        capitals = pickled.replace("data.pkl", "DATA.PKL")
+        del members[pickled]
+        return _zipped({capitals: lists} | members), "16 million empty lists in DATA.PKL"
+    if kind == "two directories":
+        size = max(len(members[pickled]), len(lists))
+        bad, good = (members | {pickled: one.ljust(size)} for one in (lists, members[pickled]))
+        return two_directories(bad, good), "16 million empty lists where the second directory says"
     objects = _own(data)
     if kind == "one list again and again":
         made: list = [0] * 10
@@ -120,6 +132,21 @@ def bombs(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         shape = (2**14, 2**14, *state[key].shape[2:]) if state[key].ndim > 1 else (2**30,)
         state[key] = torch.ones(1, dtype=state[key].dtype).expand(shape)
     return _saved(objects), "tensors of one value stretched over gigabytes"
+
+
+def two_directories(bad: dict[str, bytes], good: dict[str, bytes]) -> bytes:
+    """Python's reader finds `good`, before the end of the file, torch's `bad`, where the end says. Members
+    are of the same names and sizes."""
+    halves = []
+    for members in (bad, good):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        data = file.getvalue()
+        halves.append(data[: -_END.size])
+        count, length, start = _END.unpack(data[-_END.size :])[4:7]
+    return b"".join([*halves, _END.pack(b"PK\5\6", 0, 0, count, count, length, start, 0)])
 
 
 def _own(data: bytes) -> Any:
