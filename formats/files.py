@@ -221,9 +221,8 @@ def metadata_of(
                 raise SafetensorError(f"a header of {length} bytes")
             objects = file.read(length).count(b"{")
             size = os.fstat(file.fileno()).st_size
-        if objects > max(
-            MANY_OBJECTS, size // 1024
-        ):  # each takes a kilobyte of the readers' memory
+        # each takes a kilobyte of the readers' memory
+        if objects > max(MANY_OBJECTS, size // 1024):
             raise SafetensorError(f"a header of {objects} objects in {size} bytes")
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
