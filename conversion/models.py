@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import comfy.lora
+import comfy.model_detection
 import comfy.model_management
 import comfy.sd
 import comfy.utils
@@ -30,6 +31,10 @@ from .options import Lora, UsageError
 
 log = logging.getLogger(__name__)
 # kinds of LoRA that look at values while they are computed, and multiply the weight alone
+# how much larger one may make a weight: Flux's control LoRAs double it
+MOST_WIDER = 16
+# of errors that PyTorch makes of weights of other shapes
+OF_SHAPES = ("size mismatch", "state_dict", "shape", "dimension")
 ROTATIONS = ("oft", "boft")
 
 
@@ -54,12 +59,18 @@ def load(file: Path, with_clip: bool):
             output_clip=with_clip,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
         )
-    except torch.AcceleratorError:  # of the device: it says nothing of the file
+    except (ImportError, NotImplementedError):
         raise
-    except Exception as error:  # names and shapes of no UNet meet any kind of error
+    except Exception as error:  # names and shapes of no UNet meet nearly any kind of error
         raise_unless_damage(file, error)
         if "Could not detect model type" in str(error):
             raise _unknown(file) from error
+        if (
+            type(error) is not RecursionError
+            and isinstance(error, RuntimeError)
+            and not any(words in str(error) for words in OF_SHAPES)
+        ):  # of a device, not of a file
+            raise
         raise _damaged(file, "a checkpoint", found(error)) from error
     if quantized_parameter(model) is not None:
         raise _quantized(file)
@@ -98,8 +109,11 @@ def _check(file: Path) -> None:
         raise _quantized(file)
     if not weights:
         raise _unknown(file)
-    bounds.check(shapes, file)
-    bounds.check_sizes(((name, tuple(shape)) for name, shape in shapes.items()), file)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(shapes)
+    own = {name: tuple(shape) for name, shape in shapes.items() if name.startswith(prefix)}
+    own = own or {name: tuple(shape) for name, shape in shapes.items()}
+    bounds.check(own, file)
+    bounds.check_sizes(own.items(), file)
 
 
 def _are_weights(held: object) -> bool:
@@ -159,21 +173,15 @@ def check_loras(loras: Sequence[Lora]) -> None:
 
 
 def _read_lora(path: Path):
-    """Tensors and metadata. Raises ValueError for what is no whole file of weights, all finite."""
+    """Tensors and metadata. Raises ValueError for what is no whole file of weights."""
     weighing.check(path)
     with _while_reading(path, "a LoRA"):
         held, metadata = comfy.utils.load_torch_file(
             str(path), safe_load=True, return_metadata=True
         )
         why = _why_no_lora(held, path.stat().st_size)
-        broken = None if why else _not_finite(held)
     if why:
         raise _damaged(path, "a LoRA", why)
-    if broken is not None:
-        raise ValueError(
-            f"a LoRA must hold finite numbers, {path} holds NaN or infinity in {brief(broken)}: it "
-            "is damaged, get it again or leave it out"
-        )
     return held, metadata
 
 
@@ -182,15 +190,22 @@ def _why_no_lora(held: object, size: int) -> str | None:
     if not _are_weights(held):
         return "it holds no tensors by name"
     whole = sum(x.numel() * x.element_size() for x in held.values() if torch.is_tensor(x))
-    return f"it holds tensors of {whole} bytes in {size}" if whole > size else None
+    return f"it holds tensors of {whole} bytes in {size}" if whole > 2 * size else None
 
 
-def _not_finite(held: Mapping[str, object]) -> str | None:
-    """The first tensor with NaN or infinity, by its name."""
-    for name, one in held.items():
-        if torch.is_tensor(one) and one.dtype in JUDGED and not all_finite(one):
-            return name
-    return None
+def _finite(patch: Sequence) -> bool:
+    """Whether the numbers of a patch are, whatever kind it is of. What a LoRA holds beside is not used."""
+    held = getattr(patch[1], "weights", patch[1])
+    held = [*held, *(held[1] if len(held) == 2 and isinstance(held[1], tuple) else ())]
+    return all(all_finite(one) for one in held if torch.is_tensor(one) and one.dtype in JUDGED)
+
+
+def _widens(patch: Sequence) -> bool:
+    """Whether ComfyUI makes the weight larger for it, as for control LoRAs of Flux."""
+    kind, held = getattr(patch[1], "name", None), getattr(patch[1], "weights", patch[1])
+    if kind == "lora":
+        return len(held) > 5 and held[5] is not None
+    return kind is None and len(held) == 2 and any(isinstance(one, dict) for one in held[1])
 
 
 def with_loras(model, clip, loras: Sequence[Lora]):
@@ -217,20 +232,24 @@ def with_loras(model, clip, loras: Sequence[Lora]):
 
 def _check_fits(model, before: Mapping[str, Sequence], path: Path) -> None:
     """Raises ValueError where ComfyUI could not add what is new to a weight, tried on tensors
-    without values: with them it multiplies first, whatever comes of it."""
+    without values: with them it multiplies first, whatever comes of it. And for NaN in it."""
     for name, patches in model.patches.items():
-        new = [
-            one
-            for one in patches[len(before.get(name, ())) :]
-            if getattr(one[1], "name", None) not in ROTATIONS
-        ]
+        new = patches[len(before.get(name, ())) :]
+        if not all(map(_finite, new)):
+            raise ValueError(
+                f"a LoRA must hold finite numbers, {path} holds NaN or infinity for {name}: it is damaged, "
+                "get it again or leave it out"
+            )
+        new = [one for one in new if getattr(one[1], "name", None) not in ROTATIONS]
         weight = comfy.utils.get_attr(model.model, name)
         try:
             with out_of_memory.not_swallowed():
                 made = comfy.lora.calculate_weight(
                     new, torch.empty_like(weight, device="meta"), name
                 )
-            fits, cause = made.shape == weight.shape, None
+            wider = MOST_WIDER if any(map(_widens, new)) else 1
+            same = made.shape == weight.shape
+            fits, cause = same or weight.numel() < made.numel() <= wider * weight.numel(), None
         except Exception as error:
             raise_unless_damage(path, error)
             fits, cause = False, error

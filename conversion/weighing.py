@@ -12,6 +12,7 @@ from ..utils.unreadable import raise_unless_damage
 
 # of torch.save before its zip form: number, version, system, weights, their names
 OLD_PICKLES = 5
+OLD = b"\x80\x02"
 
 
 def check(file: Path) -> None:
@@ -22,12 +23,17 @@ def check(file: Path) -> None:
     try:
         is_zip = zipped.begins(file)
         with file.open("rb") as opened:
-            head = b"" if is_zip else opened.read(OLD_PICKLES * torch_file.LONGEST_PICKLE)
+            begins = opened.read(len(OLD))
+            head = (
+                begins + opened.read(OLD_PICKLES * torch_file.LONGEST_PICKLE)
+                if begins == OLD
+                else b""
+            )
     except OSError as error:
         raise_unless_damage(file, error)
         raise
     if is_zip:
-        torch_file.check_zip(file)
+        torch_file.check_zip(file, sums=False)  # no tensor of it is mapped
     elif reason := _why_not(io.BytesIO(head)):
         raise ValueError(
             f"a checkpoint must hold little beside its tensors, {file} has {reason}: do not use "
@@ -47,7 +53,7 @@ def _why_not(head: io.BytesIO) -> str | None:
             for _ in pickletools.genops(one):  # to its end
                 pass
         except ValueError:
-            long = len(data) == torch_file.LONGEST_PICKLE
+            long = len(data) == torch_file.LONGEST_PICKLE == one.tell()
             return f"a pickle of more than {len(data)} bytes" if long else None
         head.seek(start + one.tell())
     return None

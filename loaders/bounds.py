@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ..utils.text import brief
 
 # of one kind in a row; ComfyUI counts them by looking through all names for each
-MOST_BLOCKS = 300
+MOST_BLOCKS = 512
 
 
 def check(names: Iterable[str], where: object) -> None:
@@ -22,7 +22,7 @@ def check(names: Iterable[str], where: object) -> None:
     if len(found) > MOST_BLOCKS:
         raise ValueError(
             f"a model must have at most {MOST_BLOCKS} blocks in a row, {where} has {len(found)} in "
-            f"{brief(row)}: no architecture that ComfyUI knows has so many"
+            f"{brief(row)}: no architecture that ComfyUI knows has so many, get the file again"
         )
 
 

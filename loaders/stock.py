@@ -59,7 +59,7 @@ def load(path: str):
             if name.endswith(MARKER) and math.prod(shape) > LONGEST_MARKER:
                 raise ValueError(f"{brief(name)} of {math.prod(shape)} bytes")
         return comfy.sd.load_diffusion_model(path)
-    except management.InterruptProcessingException:
+    except (management.InterruptProcessingException, ImportError):
         raise
     except Exception as error:  # detection of what it does not expect ends in any kind of error
         raise_unless_damage(path, error)

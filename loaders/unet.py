@@ -18,7 +18,7 @@ import torch
 from ..formats import files
 from ..formats.checkpoint import REMEDY, QuantizedCheckpoint
 from ..kernels.backends import Backend
-from ..utils import out_of_memory
+from ..utils import out_of_memory, unreadable
 from ..utils.capability import GPU, PRODUCTS
 from ..utils.progress import progress
 from ..utils.text import brief
@@ -167,12 +167,14 @@ def architecture(checkpoint: QuantizedCheckpoint, where: str):
             f"the UNet must have all weights of its architecture, {brief(error.args[0])} is missing in "
             f"{where}: {REMEDY}"
         ) from error
+    except ImportError:
+        raise
     except Exception as error:  # and computes with shapes of any kind
         if out_of_memory.ran_out(error):
             raise
         raise ValueError(
             f"the UNet must be of an architecture that ComfyUI knows, it finds none in {where} "
-            f"({brief(str(error))}): {REMEDY}"
+            f"({unreadable.found(error)}): {REMEDY}"
         ) from error
     if config is None:
         raise ValueError(

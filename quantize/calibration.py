@@ -20,7 +20,7 @@ from ..formats import files
 from ..utils import checksums, out_of_memory
 from ..utils.files import save_safetensors
 from ..utils.finite import JUDGED, all_finite
-from ..utils.text import brief, brief_repr, read_json
+from ..utils.text import MOST_LISTS, MOST_VALUES, brief, brief_repr, read_json
 from ..utils.unreadable import raise_unless_damage
 from .records import OWN, Record, Run, digest, keep
 from .thinning import shares
@@ -184,7 +184,7 @@ def load(
             f"a calibration file must have a {METADATA} header, got none in {path}: "
             "choose a file that Save Calibration wrote"
         )
-    header = _read_header(metadata[METADATA], path)
+    header = _read_header(metadata[METADATA], path, path.stat().st_size)
     checksums.check(path, begin(path.stat().st_size))
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -209,14 +209,15 @@ def load(
         ) from error
 
 
-def _read_header(text: str, path: Path) -> dict[str, Any]:
+def _read_header(text: str, path: Path, size: int) -> dict[str, Any]:
+    """size: of the file in bytes; a long header is one of many records, which take more."""
     try:
-        header = read_json(text)
+        header = read_json(text, max(MOST_LISTS, size // 1024), max(MOST_VALUES, size // 1024))
         version = header["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"the {METADATA} header must be JSON with a format_version, got {text[:40]!r} in "
-            f"{path}: copy the file again or record it again"
+            f"the {METADATA} header must be JSON with a format_version, got {text[:40]!r} "
+            f"({brief(str(error))}) in {path}: copy the file again or record it again"
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -278,7 +279,7 @@ def _read_record(
         if len(shape) not in ranks:
             wanted = " or ".join(map(str, ranks))
             raise ValueError(f"{name} with shape {shape} instead of {wanted} dimensions")
-        if 0 in shape:
+        if unet and 0 in shape:
             raise ValueError(f"{name} with shape {shape}, which holds no values")
         if shape[0] != len(record.x):
             raise ValueError(f"{name} with batch {shape[0]} beside x with batch {len(record.x)}")

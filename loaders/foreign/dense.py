@@ -31,7 +31,7 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> to
             for key, tensor in quantizer.tensors.items()
             if key.startswith(prefix) and key.removeprefix(prefix) == "_amax"
         }
-        _check_blocks(state.get("_block_sizes"), name, where)
+        _check_blocks(state.get("_block_sizes"), weight, name, where)
         if "_amax" in own and not state.get("_block_sizes"):
             _check_shape(own["_amax"], weight, name, where)
         try:
@@ -50,14 +50,13 @@ def fake_quantized(name: str, weight: torch.Tensor, quantizer, where: str) -> to
     return value.float()
 
 
-def _check_blocks(sizes: object, name: str, where: str) -> None:
+def _check_blocks(sizes: object, weight: torch.Tensor, name: str, where: str) -> None:
     """ModelOpt fills a weight up to whole blocks, however long they are said to be."""
-    found = (
-        [one for one in sizes.values() if isinstance(one, int)] if isinstance(sizes, dict) else []
-    )
-    if max(found, default=0) > LONGEST_BLOCK:
+    said = sizes.values() if isinstance(sizes, dict) else ()
+    found, most = [one for one in said if isinstance(one, int)], max(LONGEST_BLOCK, *weight.shape)
+    if max(found, default=0) > most:
         raise ValueError(
-            f"a block of a weight must have at most {LONGEST_BLOCK} values, {brief(name)} in {where} has "
+            f"a block of a weight must have at most {most} values, {brief(name)} in {where} has "
             f"{brief(max(found))}: the file is damaged, get it again"
         )
 

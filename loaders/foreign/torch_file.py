@@ -100,8 +100,11 @@ def _holds_itself(value: object) -> bool:
     return False
 
 
-def check_zip(path: Path) -> None:
-    """That a file is a zip as torch.save writes it, which torch can open without harm. Raises ValueError."""
+def check_zip(path: Path, sums: bool = True) -> None:
+    """That a file is a zip as torch.save writes it, which torch can open without harm. Raises ValueError.
+
+    sums: whether the checksums of its members are looked at too, all of the file is read for that.
+    """
     try:
         begins = zipped.begins(path)
     except OSError as error:
@@ -112,10 +115,10 @@ def check_zip(path: Path) -> None:
             f"a checkpoint must be in torch.save's zip form, {path} is not: it is damaged, or "
             "written by an old torch; save it again with mto.save"
         )
-    _check_members(path)
+    _check_members(path, sums)
 
 
-def _check_members(path: Path) -> None:
+def _check_members(path: Path, sums: bool) -> None:
     """That the zip's members are as torch writes them: stored as they are, no larger than the file, and
     with the checksums it has of them. torch itself unpacks what is packed, however large it gets, and
     looks at no checksum of what it maps into memory."""
@@ -127,7 +130,7 @@ def _check_members(path: Path) -> None:
             pickles = [m for m in members if m.filename.casefold().endswith("data.pkl")]
             reason = None if packed or large else _why_not(path, pickles)
             # torch.serialization.set_crc32_options(False) leaves them all 0
-            summed = any(m.CRC for m in members) and not packed and not large
+            summed = sums and any(m.CRC for m in members) and not packed and not large
             for member in members if summed else ():
                 with archive.open(member) as data:
                     while data.read(PIECE):

@@ -115,13 +115,28 @@ def lora(path: Path, tensors: dict[str, torch.Tensor], layer: str = LINEAR) -> L
     return Lora(path)
 
 
-def test_a_lora_with_nan(tmp_path):
-    """Not the checkpoint is damaged, and hours are not spent before it is said."""
-    broken = lora(tmp_path / "nan.safetensors", {"lora_up.weight": torch.full((2, 2), torch.nan)})
-    for ask in (lambda: models.check_loras([broken]), lambda: models.with_loras(0, 0, [broken])):
-        with pytest.raises((ValueError, UsageError), match="a LoRA must hold finite") as refused:
-            ask()
-        assert str(broken.path) in str(refused.value) and LINEAR in str(refused.value)
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_lora_with_nan(sd15, tmp_path, number):
+    """It is not the checkpoint that is damaged."""
+    broken = lora(tmp_path / "nan.safetensors", pair((320, 2), (2, 1280)))
+    tensors = load_file(broken.path)
+    tensors[f"{LINEAR}.lora_up.weight"][3, 1] = number
+    save_file(tensors, broken.path)
+    with pytest.raises(ValueError, match="a LoRA must hold finite numbers") as refused:
+        models.with_loras(sd15[0], None, [broken])
+    assert str(broken.path) in str(refused.value) and "emb_layers.1.weight" in str(refused.value)
+    tensors[f"{LINEAR}.lora_up.weight"][3, 1] = 0
+    tensors["lora_te_x.lora_up.weight"] = torch.full((2, 2), number)  # of what is not loaded
+    save_file(tensors, broken.path)
+    models.with_loras(sd15[0], None, [broken])
+
+
+@pytest.mark.parametrize("first", [b"\x80\x02", b"\x93", b"\0"])
+def test_a_large_file_of_another_kind(tmp_path, first):
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(first + b"}\xfe" * 2**24)
+    with pytest.raises(ValueError, match="a checkpoint must be a whole file of weights"):
+        models.load(path, with_clip=False)
 
 
 def test_a_lora_of_more_numbers_than_its_file(tmp_path):
@@ -164,8 +179,8 @@ def test_a_lora_that_does_not_fit_is_named(sd15, tmp_path, kind):
     ("added", "message"),
     [
         (
-            {f"input_blocks.{i}.x": torch.zeros(1) for i in range(400)},
-            "at most 300 blocks in a row",
+            {f"input_blocks.{i}.x": torch.zeros(1) for i in range(600)},
+            "at most 512 blocks in a row",
         ),
         ({"x.weight": torch.zeros(2**30, 0)}, "weights must have values"),
     ],
@@ -192,6 +207,7 @@ FITTING = {
         "hada_w2_b": torch.zeros(2, 1280),
     },
     "oft": {"oft_blocks": torch.zeros(2, 160, 160), "alpha": torch.tensor(1e-3)},
+    "wider": pair((320, 2), (2, 2560), reshape_weight=torch.tensor([320, 2560])),
     "a difference": {"diff": torch.zeros(320, 1280), "diff_b": torch.zeros(320)},
 }
 

@@ -54,7 +54,7 @@ def add(names):
 @pytest.mark.parametrize("row", ["input_blocks", "middle_block.1.transformer_blocks"])
 def test_thousands_of_blocks(whole, tmp_path, kind, row):
     names = [f"{row}.{i}.x" for i in range(12_000)]
-    message = f"at most 300 blocks in a row, .* has 12000 in {row}"
+    message = f"at most 512 blocks in a row, .* has 12000 in {row}"
     refused(whole, tmp_path, kind, add(names), message)
 
 
