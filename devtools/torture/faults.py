@@ -171,6 +171,15 @@ class Broken(io.FileIO):
         return super().readall()
 
 
+class Reader(io.BufferedReader):
+    """Without `readinto`: where that fails, PyTorch's zip reader goes on to `read` with the error pending,
+    which of a file as above is by chance told as "read of closed file"."""
+
+    @property
+    def readinto(self) -> None:
+        raise AttributeError("readinto")
+
+
 @contextlib.contextmanager
 def file_calls(reached: Callable[[], None], folder: str) -> Iterator[None]:
     """`reached` is called before each opening, reading, writing, flushing and naming of a file of a
@@ -191,7 +200,7 @@ def file_calls(reached: Callable[[], None], folder: str) -> Iterator[None]:
         reached()
         file = Broken(path, mode.replace("b", ""))
         file.reached = reached
-        return io.BufferedReader(file) if "r" in mode else io.BufferedWriter(file)
+        return Reader(file) if "r" in mode else io.BufferedWriter(file)
 
     def told(call: Callable) -> Callable:
         def instead(*args: Any, **kwargs: Any) -> Any:
