@@ -30,11 +30,11 @@ from . import weighing
 from .options import Lora, UsageError
 
 log = logging.getLogger(__name__)
-# kinds of LoRA that look at values while they are computed, and multiply the weight alone
 # how much larger one may make a weight: Flux's control LoRAs double it
 MOST_WIDER = 16
 # of errors that PyTorch makes of weights of other shapes
 OF_SHAPES = ("size mismatch", "state_dict", "shape", "dimension")
+# kinds of LoRA that look at values while they are computed, and multiply the weight alone
 ROTATIONS = ("oft", "boft")
 
 
