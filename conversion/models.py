@@ -30,7 +30,7 @@ from . import weighing
 from .options import Lora, UsageError
 
 log = logging.getLogger(__name__)
-# how much larger one may make a weight: Flux's control LoRAs double it
+# how much larger one may make a weight, as control LoRAs of Flux do
 MOST_WIDER = 16
 # of errors that PyTorch makes of weights of other shapes
 OF_SHAPES = ("size mismatch", "state_dict", "shape", "dimension")

@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
-from comfyui_modelopt.conversion import models
+from comfyui_modelopt.conversion import models, work
 from comfyui_modelopt.conversion.options import Lora, UsageError
 from safetensors.torch import load_file, save_file
 
@@ -197,6 +197,16 @@ def test_a_checkpoint_that_detection_would_believe(checkpoints, tmp_path, added,
     assert str(path) in str(refused.value)
 
 
+def test_a_folder_named_as_a_leftover_recording(tmp_path):
+    output = tmp_path / "x.safetensors"
+    output.write_bytes(b"")
+    folder, file = (tmp_path / f".{output.name}.{one * 16}.calibration" for one in "ab")
+    folder.mkdir()
+    file.write_bytes(b"")
+    work.clear(output)
+    assert folder.is_dir() and not file.exists()
+
+
 FITTING = {
     "dora": pair((320, 2), (2, 1280), dora_scale=torch.ones(320, 1)),
     "lokr": {"lokr_w1": torch.zeros(2, 2), "lokr_w2": torch.zeros(160, 640)},
@@ -220,13 +230,21 @@ def test_a_lora_of_every_kind_fits(sd15, tmp_path, kind):
     assert not sd15[0].patches
 
 
-def test_an_error_of_the_device_says_nothing_of_the_file(checkpoints, monkeypatch):
-    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-
+@pytest.mark.parametrize(
+    "lost",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
+        ModuleNotFoundError("No module named 'sentencepiece'"),
+    ],
+)
+def test_an_error_of_the_machine_says_nothing_of_the_file(checkpoints, monkeypatch, lost):
     def fail(*_, **__):
         raise lost
 
     monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", fail)
-    with pytest.raises(torch.AcceleratorError) as raised:
+    with pytest.raises(type(lost)) as raised:
         models.load(checkpoints / "sd15.safetensors", with_clip=False)
     assert raised.value is lost
