@@ -25,6 +25,8 @@ VARIANTS = {
     ),
     "percentile": tuple({"percentile": share} for share in (0.25, 0.5, 1.0)),
 }
+# of SVDQuant: what is taken where no rank is asked for, and the common one
+RANKS = ({}, {"rank": 32})
 SAMPLING = {"cfg": 7.0, "sampler_name": "euler", "scheduler": "normal"}
 NEGATIVE = "blurry, low quality"
 # neither this prompt nor this seed is among those of the calibration
@@ -36,11 +38,20 @@ MAX_RECORDS = 64
 def recipes(slow: bool, variants: bool = True) -> list:
     """Every recipe of the pack, with each choice of layers; awq_full only if `slow`.
 
-    variants: also other values of the algorithms' own options than the default ones.
+    variants: also other values of the algorithms' own options than the default ones, which SVDQuant's
+    rank always has.
     """
     from comfyui_modelopt.quantize.layers import LINEAR_AND_CONV, MODES
-    from comfyui_modelopt.quantize.recipe import ACTIVATIONS, ALGORITHMS, AWQ_FULL, MAX, Recipe
+    from comfyui_modelopt.quantize.recipe import (
+        ACTIVATIONS,
+        ALGORITHMS,
+        AWQ_FULL,
+        MAX,
+        SVDQUANT,
+        Recipe,
+    )
 
+    chosen = (VARIANTS if variants else {}) | {SVDQUANT: RANKS}
     found = []
     for layers in MODES:
         for form, algorithms in ALGORITHMS.items():
@@ -51,7 +62,7 @@ def recipes(slow: bool, variants: bool = True) -> list:
                     continue  # is max there
                 found += [
                     Recipe(form, algorithm, layers=layers, **options)
-                    for options in (VARIANTS.get(algorithm, ({},)) if variants else ({},))
+                    for options in chosen.get(algorithm, ({},))
                     if layers == LINEAR_AND_CONV or options.get("convolutions") != "percentile"
                 ]
             found += [
@@ -98,11 +109,11 @@ def record(model, clip, prompts, seed: int, args: argparse.Namespace, max_record
 
 
 def bits(checkpoint) -> float:
-    """Bits a weight of the quantized layers, all scales included, low-rank branches not."""
+    """Bits a weight of the quantized layers, all scales and low-rank branches included."""
     stored = weights = 0
     for name, layer in checkpoint.layers.items():
         tensors = {key: checkpoint.tensors[f"{name}.{key}"] for key in ("weight", *layer.scales)}
-        stored += sum(8 * t.nbytes for key, t in tensors.items() if not key.startswith("svd"))
+        stored += sum(8 * t.nbytes for t in tensors.values())
         weights += math.prod(layer.shape or tensors["weight"].shape)
     return stored / weights
 
@@ -228,7 +239,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"Machine: {where['gpu'] or 'no GPU'}; {where['cpu']}, torch on {where['threads']} thread(s); "
             f"torch {where['torch']}, ModelOpt {where['modelopt']}, ComfyUI {where['comfyui']}. "
             "Made by `benchmarks/recipes.py`.",
-            "Bits a weight: of quantized layers, scales included, low-rank branches not; the small "
+            "Bits a weight: of quantized layers, scales and SVDQuant's branches included; the small "
             "layers of a small model make scales count more than in a full one.",
             "",
             HEAD,

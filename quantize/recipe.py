@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..formats import FORMATS, get
 from ..formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC, Layer
 from ..formats.groups import sharing
 from ..utils.text import brief_repr
+from . import branch
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
@@ -41,9 +42,9 @@ CONVOLUTIONS = (MAX, PERCENTILE)
 # algorithm -> its own options
 OPTIONS = {SMOOTHQUANT: ("alpha", "convolutions"), PERCENTILE: ("percentile",), SVDQUANT: ("rank",)}
 # option -> what it is where it is not given
-DEFAULTS = {"alpha": 0.5, "convolutions": MAX, "percentile": 1.0, "rank": 32}
+DEFAULTS = {"alpha": 0.5, "convolutions": MAX, "percentile": 1.0, "rank": 0}
 # option -> its smallest and its largest value
-LIMITS = {"alpha": (0.0, 1.0), "percentile": (0.01, 1.0), "rank": (1, 256)}
+LIMITS = {"alpha": (0.0, 1.0), "percentile": (0.01, 1.0), "rank": (0, 256)}
 
 
 def default_algorithm(format: str, layers: str = LINEAR_AND_CONV, activations: str = STATIC) -> str:
@@ -60,9 +61,9 @@ class Recipe:
 
     alpha: SmoothQuant's, 0 to 1; convolutions: how their activations are calibrated beside it, MAX
     or PERCENTILE; percentile: share of the steps that convolutions' activation
-    scales are taken from, above 0 to 1; rank: SVDQuant's; activations: one of
-    ACTIVATIONS[format]; layers: a mode of quantize.layers; skip:
-    patterns of layer names.
+    scales are taken from, above 0 to 1; rank: SVDQuant's, 0 for the largest that the format's
+    bits leave room for (branch.py); activations: one of ACTIVATIONS[format]; layers: a mode of
+    quantize.layers; skip: patterns of layer names.
     """
 
     format: str
@@ -127,7 +128,7 @@ class Recipe:
         facts = asdict(self)
         facts["skip"] = list(self.skip)
         for name, default in DEFAULTS.items():
-            own = name in OPTIONS.get(self.algorithm, ())
+            own = name in OPTIONS.get(self.algorithm, ()) and name != "rank"
             if not (own or (self._applies(name) and facts[name] != default)):
                 del facts[name]
         if self.format != "fp8" and self.activations == STATIC:
@@ -153,8 +154,8 @@ def recipe_of(format: Mapping[str, Any], layers: str, skip: str) -> Recipe:
 class LayerPlan:
     """What is done to one layer.
 
-    algorithm: MAX where the recipe's does not apply to it. activations: see `Layer`. The rest are
-    the algorithm's options, see `Recipe`.
+    algorithm: MAX where the recipe's does not apply to it. activations: see `Layer`. rank: of its
+    branch, where the algorithm is SVDQUANT. The rest are the algorithm's options, see `Recipe`.
     """
 
     kind: str
@@ -163,7 +164,7 @@ class LayerPlan:
     activations: str = ""
     alpha: float = 0.5
     percentile: float = 1.0
-    rank: int = 32
+    rank: int = 0
 
     @property
     def smooths(self) -> bool:
@@ -229,14 +230,30 @@ def plan(
             activations = recipe.activations
         if activations == PER_TOKEN and kind != "linear":
             activations = ""
-        options = (recipe.alpha, recipe.percentile, recipe.rank)
+        options = (recipe.alpha, recipe.percentile, recipe.rank if algorithm == SVDQUANT else 0)
         plans[name] = LayerPlan(kind, form, algorithm, activations, *options)
+    if recipe.algorithm == SVDQUANT and not recipe.rank:
+        plans = _with_rank(unet, plans, recipe.format)
     notes = [
         f"{len(names)} layers in {form} instead of {recipe.format}, because {reason}: "
         + ", ".join(names)
         for (form, reason), names in moved.items()
     ]
     return plans, notes
+
+
+def _with_rank(
+    unet: torch.nn.Module, plans: Mapping[str, LayerPlan], form: str
+) -> dict[str, LayerPlan]:
+    """The plans with the rank that the bits of the format `form` leave room for."""
+    weights = {name: unet.get_submodule(name).weight for name in plans}
+    branched = [weights[name] for name, one in plans.items() if one.algorithm == SVDQUANT]
+    others = [(x.format, weights[name]) for name, x in plans.items() if x.algorithm != SVDQUANT]
+    rank = branch.largest_rank(form, branched, others, LIMITS["rank"][1])
+    return {
+        name: replace(one, rank=rank) if one.algorithm == SVDQUANT else one
+        for name, one in plans.items()
+    }
 
 
 def _algorithm(recipe: Recipe, kind: str) -> str:

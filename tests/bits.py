@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-# at most, without SVDQuant's branch, on layers as wide as those of SD1.5 and SDXL
+# at most, on layers as wide as those of SD1.5 and SDXL; of SVDQuant, where no rank is asked for
 LIMITS = {
     "int8": 8.05,
     "fp8": 8.05,

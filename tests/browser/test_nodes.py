@@ -75,7 +75,7 @@ def test_a_format_shows_its_own_options(page):
         assert ("format.weights" in shown) == ("format.activations" in shown) == (name == "fp8")
     page.set_widget(node, "format", "int4")
     page.set_widget(node, "format.algorithm", "svdquant")
-    assert page.widgets(node)["format.algorithm.rank"] == 32
+    assert page.widgets(node)["format.algorithm.rank"] == 0
     page.set_widget(node, "format", "int8")
     page.set_widget(node, "format.algorithm", "smoothquant")
     shown = page.widgets(node)

@@ -126,13 +126,29 @@ def test_bits_of_layers_in_a_file(form, algorithm, tmp_path):
     assert {layer.format for layer in made.layers.values()} == {form}
     files.write(made, tmp_path / "made.safetensors")
     sizes = bits.bytes_in_file(tmp_path / "made.safetensors")
-    found = bits.per_weight(sizes, LAYERS)
-    if algorithm == SVDQUANT:
-        linears = {name: 32 for name, shape in LAYERS.items() if len(shape) == 2}
-        branch = bits.branches(LAYERS, linears)
-        found, whole = bits.per_weight(sizes, LAYERS, without=bits.BRANCH), found
-        assert whole == pytest.approx(found + branch, rel=1e-9)
-    assert FORMATS[form].BITS <= found <= bits.LIMITS[form]
+    assert FORMATS[form].BITS <= bits.per_weight(sizes, LAYERS) <= bits.LIMITS[form]
+
+
+@pytest.mark.parametrize("form", formats_of(SVDQUANT))
+def test_a_branch_takes_what_its_rank_asks_for(form, tmp_path):
+    weights = {name: weight.half() for name, weight in random_weights(LAYERS).items()}
+    inputs = {name: given.half() for name, given in random_inputs(LAYERS).items()}
+    found = {}
+    for rank in (0, 32):
+        made = quantized(Recipe(form, SVDQUANT, rank=rank), weights, inputs)
+        assert ("rank" in made.header["recipe"]) == bool(rank)
+        files.write(made, tmp_path / f"{rank}.safetensors")
+        sizes = bits.bytes_in_file(tmp_path / f"{rank}.safetensors")
+        ranks = {name: layer.rank for name, layer in made.layers.items() if layer.rank}
+        assert ranks.keys() == {name for name, shape in LAYERS.items() if len(shape) == 2}
+        found[rank] = set(ranks.values())
+        base = bits.per_weight(sizes, LAYERS, without=bits.BRANCH)
+        whole = base + bits.branches(LAYERS, ranks)
+        assert bits.per_weight(sizes, LAYERS) == pytest.approx(whole, rel=1e-9)
+        if not rank:
+            more = {name: own + 1 for name, own in ranks.items()}
+            assert whole <= bits.LIMITS[form] < base + bits.branches(LAYERS, more)
+    assert found[32] == {32} and len(found[0]) == 1 and 0 < min(found[0]) < 32
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
@@ -157,11 +173,13 @@ def test_bits_of_whole_models_as_predicted(whole, form, algorithm):
             ranks[name] = entry.rank
     assert len(shapes) > 150
     found = bits.per_weight(sizes, shapes)
+    assert FORMATS[form].BITS <= found <= bits.LIMITS[form]
     assert bool(ranks) == (algorithm == SVDQUANT)
     if ranks:
-        found, whole_bits = bits.per_weight(sizes, shapes, without=bits.BRANCH), found
-        assert whole_bits == pytest.approx(found + bits.branches(shapes, ranks), rel=1e-9)
-    assert FORMATS[form].BITS <= found <= bits.LIMITS[form]
+        base = bits.per_weight(sizes, shapes, without=bits.BRANCH)
+        assert found == pytest.approx(base + bits.branches(shapes, ranks), rel=1e-9)
+        more = {name: rank + 1 for name, rank in ranks.items()}
+        assert base + bits.branches(shapes, more) > bits.LIMITS[form]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])

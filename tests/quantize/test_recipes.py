@@ -273,8 +273,8 @@ def test_a_convolution_that_does_not_fit_gets_the_second_format():
 
 
 def test_an_option_out_of_range_is_named():
-    with pytest.raises(ValueError, match="rank must be from 1 to 256, got 0"):
-        Recipe("int4", "svdquant", rank=0)
+    with pytest.raises(ValueError, match="rank must be from 0 to 256, got -1"):
+        Recipe("int4", "svdquant", rank=-1)
     with pytest.raises(
         ValueError, match="algorithm of mxfp8 must be one of max, got 'smoothquant'"
     ):
