@@ -36,6 +36,8 @@ LAYERS = {
     "ff": (320, 1280),
     "conv": (320, 320, 3, 3),
 }
+# of its second level, wide enough for branches
+WIDER = {"to_q": (640, 640), "to_k": (640, 768), "ff": (640, 2560), "conv": (320, 640, 3, 3)}
 ODD = {
     "one_row": (1, 32),
     "few_rows": (7, 96),
@@ -129,10 +131,11 @@ def test_bits_of_layers_in_a_file(form, algorithm, tmp_path):
     assert FORMATS[form].BITS <= bits.per_weight(sizes, LAYERS) <= bits.LIMITS[form]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
 @pytest.mark.parametrize("form", formats_of(SVDQUANT))
-def test_a_branch_takes_what_its_rank_asks_for(form, tmp_path):
-    weights = {name: weight.half() for name, weight in random_weights(LAYERS).items()}
-    inputs = {name: given.half() for name, given in random_inputs(LAYERS).items()}
+def test_a_branch_takes_what_its_rank_asks_for(form, dtype, tmp_path):
+    weights = {name: weight.to(dtype) for name, weight in random_weights(WIDER).items()}
+    inputs = {name: given.to(dtype) for name, given in random_inputs(WIDER).items()}
     found = {}
     for rank in (0, 32):
         made = quantized(Recipe(form, SVDQUANT, rank=rank), weights, inputs)
@@ -140,15 +143,21 @@ def test_a_branch_takes_what_its_rank_asks_for(form, tmp_path):
         files.write(made, tmp_path / f"{rank}.safetensors")
         sizes = bits.bytes_in_file(tmp_path / f"{rank}.safetensors")
         ranks = {name: layer.rank for name, layer in made.layers.items() if layer.rank}
-        assert ranks.keys() == {name for name, shape in LAYERS.items() if len(shape) == 2}
+        assert ranks.keys() == {name for name, shape in WIDER.items() if len(shape) == 2}
         found[rank] = set(ranks.values())
-        base = bits.per_weight(sizes, LAYERS, without=bits.BRANCH)
-        whole = base + bits.branches(LAYERS, ranks)
-        assert bits.per_weight(sizes, LAYERS) == pytest.approx(whole, rel=1e-9)
+        base = bits.per_weight(sizes, WIDER, without=bits.BRANCH)
+        whole = base + bits.branches(WIDER, ranks)
+        assert bits.per_weight(sizes, WIDER) == pytest.approx(whole, rel=1e-9)
         if not rank:
             more = {name: own + 1 for name, own in ranks.items()}
-            assert whole <= bits.LIMITS[form] < base + bits.branches(LAYERS, more)
+            assert whole <= bits.LIMITS[form] < base + bits.branches(WIDER, more)
     assert found[32] == {32} and len(found[0]) == 1 and 0 < min(found[0]) < 32
+
+
+def test_a_branch_has_a_rank_of_at_least_one():
+    net = torch.nn.ModuleDict({"layer": module_of(torch.ones(8, 32))})
+    plans, _ = plan(net, Recipe("int4", SVDQUANT), {"layer": "linear"})
+    assert plans["layer"].rank == 1
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
