@@ -86,8 +86,10 @@ def test_values_are_modelopts(name, shape, dtype, zero):
     restored = blocks.flatten(form.dequantize(stored, shape))
     theirs = by_modelopt(form.NAME, blocks.flatten(weight).contiguous())
     if form.NAME in ("int4", "w4a8") and dtype == torch.float32:
-        # its block maxima are rounded to 16 bits: by at most half of float16's last place
         amax = form.weight_amax(weight)
+        exact = blocks.flatten(form.dequantize(form.quantize(weight, amax, exact=True), shape))
+        assert torch.equal(exact, theirs)
+        # else its block maxima are rounded to 16 bits: by at most half of float16's last place
         amax = (amax[0] if form.NAME == "w4a8" else amax).reshape(len(weight), -1)
         kept = stored["weight_amax"].float()
         assert bool(((kept - amax).abs() <= 2.0**-11 * amax).all())
