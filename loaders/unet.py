@@ -99,21 +99,18 @@ def load(
     if arithmetic == dispatch.AUTO and device.type == "cpu" and checkpoint.header.get("imported"):
         arithmetic = dispatch.FAKE  # there is no kernel to win, and this is what ModelOpt computes
     alike = smoothed_alike(checkpoint)
+
+    def kernel(layer, shape, name) -> dispatch.Kernel:
+        handed = fuse and handed_over(name, layer, name in alike)
+        try:
+            return dispatch.choose(
+                layer, gpu, as_stock, arithmetic, shape, compute_dtype, backend, handed
+            )
+        except ValueError as error:
+            raise ValueError(f"{name} of {where} cannot run here: {error}") from error
+
     operations = ops.quantized_ops(
-        compute_dtype,
-        checkpoint.layers,
-        checkpoint.inputs,
-        lambda layer, shape, name: dispatch.choose(
-            layer,
-            gpu,
-            as_stock,
-            arithmetic,
-            shape,
-            compute_dtype,
-            backend,
-            fuse and handed_over(name, layer, name in alike),
-        ),
-        takes,
+        compute_dtype, checkpoint.layers, checkpoint.inputs, kernel, takes
     )
     options = {"custom_operations": operations}
     if device.type == "cpu":

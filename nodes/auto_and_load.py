@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-from ..loaders import dispatch
+from ..loaders import device, dispatch
 from ..loaders import unet as loader
 from ..quantize import auto, candidates, mixed
+from ..quantize.candidates import CANDIDATES
 from ..quantize.layers import parse_patterns
 from ..quantize.recipe import Recipe
-from ..utils import auto_report, progress
+from ..utils import auto_report, capability, progress
 from .planning import sizes
 from .quantize_and_load import loaded_and_told, quantize_and_load
 
@@ -37,11 +38,17 @@ def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, sk
     """-> quantized MODEL, report text, recipe as JSON, figures (JSON-able)."""
     if target["target"] == "recipe":
         recipe = mixed.read(target["recipe"], "the recipe on the node")
+        choices = recipe.choices if isinstance(recipe, mixed.Mixed) else (recipe,)
+        _check_formats({one.format: "take another recipe" for one in choices})
         planned = sizes(model, recipe, calibration)
         progress.tell(planned.line())
         quantized, report, figures = quantize_and_load(model, recipe, calibration, planned)
         return quantized, report, mixed.write(recipe), figures
     goal = goal_of(target)
+    formats = {
+        one.get("format", name): name for name in allowed for one in CANDIDATES[name].recipes
+    }
+    _check_formats({form: f"switch {name} off" for form, name in formats.items()})
     found = auto.auto_quantize(
         model,
         calibration,
@@ -73,6 +80,15 @@ def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, sk
         "uniform": [[name, size, auto_report.plain(sqnr)] for name, size, sqnr in uniform],
     }
     return quantized, f"{text[0]}\n{report}\n{text[1]}", mixed.write(found.recipe), figures
+
+
+def _check_formats(remedies: dict[str, str]) -> None:
+    """Raises ValueError for a format that cannot run on this machine, before anything is tried.
+    remedies: format -> what to do."""
+    for name, remedy in remedies.items():
+        found = capability.support(name, "linear", device.current(kinds=()))
+        if found.level == capability.REFUSED:
+            raise ValueError(f"{found.why}: {remedy}")
 
 
 def _by_choice(recipe: Recipe | mixed.Mixed, taken) -> dict[str, list[str]]:

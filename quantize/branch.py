@@ -9,11 +9,12 @@ from collections.abc import Iterable
 import torch
 
 from ..formats import FORMATS
-from ..formats.checkpoint import SIXTEEN_BITS
 
 # format -> bits a weight that quantized layers take at most, scales, smoothing and branches included
 WITHIN = {"nvfp4": 4.6, "int4": 4.2}
 BRANCH_BITS = 16
+# of weights in 32 bits; those in 16 take half, and get the same rank
+SMOOTHING_BITS = 32
 
 
 def largest_rank(
@@ -21,9 +22,9 @@ def largest_rank(
     branched: Iterable[torch.Tensor],
     others: Iterable[tuple[str, torch.Tensor]],
     most: int,
-) -> int:
+) -> tuple[int, float]:
     """The largest rank, from 1 to `most`, with which all these layers together stay within the bits of
-    the format `form`; 1 where there is room for none.
+    the format `form`, 1 where there is room for none; and the bits a weight that they take with it.
 
     branched: weights [N, K] in `form` that get a branch [N, rank] @ [rank, K] and a smoothing scale
     [K]; others: format and weight of layers without. Values are not read.
@@ -33,17 +34,16 @@ def largest_rank(
     for own, weight in [*((form, weight) for weight in branched), *others]:
         weights += weight.numel()
         taken += _stored_bits(own, tuple(weight.shape))
-    for weight in branched:
-        taken += weight.shape[1] * (BRANCH_BITS if weight.dtype in SIXTEEN_BITS else 32)
+    taken += sum(weight.shape[1] * SMOOTHING_BITS for weight in branched)
 
-    def fits(rank: int) -> bool:
+    def bits(rank: int) -> float:
         values = sum(min(rank, *weight.shape) * sum(weight.shape) for weight in branched)
-        return taken + BRANCH_BITS * values <= WITHIN[form] * weights
+        return (taken + BRANCH_BITS * values) / weights
 
     rank = 1
-    while rank < most and fits(rank + 1):
+    while rank < most and bits(rank + 1) <= WITHIN[form]:
         rank += 1
-    return rank
+    return rank, bits(rank)
 
 
 def _stored_bits(form: str, shape: tuple[int, ...]) -> int:

@@ -18,7 +18,7 @@ from ..utils.progress import detail, progress
 from . import families, modelopt, pack, percentile, quality, whose
 from .layers import select
 from .mixed import Mixed, plan_mixed
-from .recipe import AWQ_FULL, AWQ_LITE, SVDQUANT, LayerPlan, Recipe, plan
+from .recipe import AWQ_FULL, AWQ_LITE, SVDQUANT, LayerPlan, Recipe, plan, without_effect
 
 log = logging.getLogger(__name__)
 # UNet calls on which the result is compared with the original
@@ -73,7 +73,7 @@ def prepared(
     known = families.family_of(source)
     layers = select(source, recipe.layers, recipe.skip, known.skip if known else ())
     plans, moved = plan(source, recipe, layers, shaping(source, recipe, layers))
-    return recipe, plans, notes + moved
+    return recipe, plans, notes + moved + without_effect(recipe, plans)
 
 
 @out_of_memory.explained("quantizing", out_of_memory.RECORD_SMALLER)
@@ -111,7 +111,7 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
             step = progress(total)
             unet = bridge.copy_unet(model, step)
             home = bridge.home(unet)
-            _check_finite(unet, plans, step)
+            _check_finite(unet, plans, step, bridge.patched(model))
             if modelopt.searches(plans):
                 search = f"{modelopt.searches(plans)}'s search"
                 bridge.check_resident(unet, device, search, "choose the algorithm max")
@@ -123,20 +123,25 @@ def quantize_model(model, recipe: Recipe | Mixed, calibration=None) -> Quantized
             _check_outputs(references, ORIGINAL_GIVES_NAN)
 
             places = {id(record): _place(run, record) for run in runs for record in run.records}
-            waiting = iter(replayed)
+            waiting = enumerate(replayed)
 
             def replay(twin: torch.nn.Module) -> None:
-                records = next(waiting, None)
+                turn, records = next(waiting, (0, None))
                 if records is None:
                     raise ValueError(
                         f"ModelOpt must ask for the recorded calls {len(replayed)} times here, "
                         f"{modelopt.version()} asked once more: choose another algorithm, or install "
                         "another version of nvidia-modelopt"
                     )
-                for record in records:
+                for number, record in enumerate(records, start=1):
                     percentile.set_place(places[id(record)])
                     args, kwargs = record.arguments(device, dtype)
-                    twin(*args, **kwargs)
+                    if turn == 0:
+                        _collect(
+                            twin, args, kwargs, f"call {number} of the {len(records)} recorded"
+                        )
+                    else:
+                        twin(*args, **kwargs)
                     step(CALL)
 
             algorithms = ", ".join(sorted({one.algorithm for one in plans.values()}))
@@ -235,23 +240,49 @@ def _place(run, record) -> float:
 
 
 def _check_outputs(outputs: list[torch.Tensor], words: tuple[str, str]) -> None:
-    rule, remedy = words
     for number, output in enumerate(outputs, start=1):
-        if not bool(torch.isfinite(output).all()):
-            raise ValueError(f"{rule} on call {number} of the {len(outputs)} looked at: {remedy}")
+        _check_output(output, words, f"call {number} of the {len(outputs)} looked at")
 
 
-def _check_finite(unet: torch.nn.Module, layers: Container[str], step: Callable[[], None]) -> None:
-    """Of every parameter; `step` is called once a layer of `layers`."""
+def _check_output(output: torch.Tensor, words: tuple[str, str], call: str) -> None:
+    rule, remedy = words
+    if not bool(torch.isfinite(output).all()):
+        raise ValueError(f"{rule} on {call}: {remedy}")
+
+
+def _collect(twin: torch.nn.Module, args: tuple, kwargs: dict, call: str) -> None:
+    """Calls the UNet whose activations are collected, before anything in it is rounded. Raises
+    ValueError where NaN or infinity comes up."""
+    try:
+        output = twin(*args, **kwargs)
+    except AssertionError as error:
+        if not modelopt.found_nan(error):
+            raise
+        rule, remedy = ORIGINAL_GIVES_NAN
+        raise ValueError(f"{rule}, or has them inside, on {call}: {remedy}") from error
+    _check_output(output, ORIGINAL_GIVES_NAN, call)
+
+
+def _check_finite(
+    unet: torch.nn.Module,
+    layers: Container[str],
+    step: Callable[[], None],
+    patched: Container[str],
+) -> None:
+    """Of every parameter; `step` is called once a layer of `layers`. patched: names of the parameters
+    that a LoRA changed."""
     for name, tensor in unet.named_parameters():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight" and module in layers:
             step()
         if tensor.is_floating_point() and not all_finite(tensor):
-            raise ValueError(
-                f"weights must be finite, {name} holds NaN or infinity: "
-                "the checkpoint is damaged, get another copy of it"
-            )
+            what = "the checkpoint is damaged, get another copy of it"
+            if name in patched:
+                what = (
+                    "the LoRAs on the MODEL or the checkpoint are damaged, leave out the LoRAs, or get "
+                    "another copy of the checkpoint"
+                )
+            raise ValueError(f"weights must be finite, {name} holds NaN or infinity: {what}")
 
 
 def described(model, recipe: Recipe | Mixed, calibration, bridge) -> dict:
@@ -267,7 +298,7 @@ def described(model, recipe: Recipe | Mixed, calibration, bridge) -> dict:
             for k, v in config.unet_config.items()
             if isinstance(v, (bool, int, float, str, list, tuple, type(None)))
         },
-        "baked_patches": sum(1 for key in model.patches if key.startswith(bridge.UNET)),
+        "baked_patches": len(bridge.patched(model)),
         "versions": versions(),
     }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY
-from .recipe import Recipe
+from .recipe import MAX, PERCENTILE, Recipe
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def settle(model: torch.nn.Module, recipe: Recipe) -> tuple[Recipe, list[str]]:
         notes.append(
             f"The skip list is yours alone; usual for a {family.name} model are also "
             f"{', '.join(missing)}."
+        )
+    if PERCENTILE in (recipe.algorithm, recipe.convolutions):
+        raise ValueError(
+            f"{PERCENTILE} is for convolutions, which are quantized in UNets alone, this model is a "
+            f"{family.name if family else type(model).__name__}: choose {MAX} instead"
         )
     if recipe.layers == LINEAR_AND_CONV:
         recipe = replace(recipe, layers=LINEAR_ONLY)

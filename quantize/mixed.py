@@ -124,7 +124,8 @@ def _whole(given: Mapping[str, Any], where: str) -> Recipe:
         _fail("skip must be a list of patterns of layer names", skip, where)
     beside = ("kind", "format_version", *OF_ALL_LAYERS)
     choice = _choice({name: x for name, x in given.items() if name not in beside}, where)
-    return replace(choice, layers=layers, skip=tuple(skip))
+    with _named(where):
+        return replace(choice, layers=layers, skip=tuple(skip))
 
 
 def _choice(given: Any, where: str) -> Recipe:

@@ -215,11 +215,13 @@ def calibrate(
 
 
 def _forget_search(module: torch.nn.Module) -> None:
-    """Of what AWQ's searches keep of a layer only their result stays: the errors of all clippings
-    are a fifth of a 16-bit weight's bytes."""
+    """Of what AWQ's searches keep of a layer only their result stays, and the largest mean magnitude
+    of an input channel: the errors of all clippings are a fifth of a 16-bit weight's bytes."""
     module.__dict__.pop("awq_clip", None)
     if hasattr(module, "awq_lite"):
-        module.awq_lite.act_scale = module.awq_lite.weight_scale = None
+        lite = module.awq_lite
+        lite.largest_input = lite.act_scale.max().item() if lite.num_cache_steps else 0.0
+        lite.act_scale = lite.weight_scale = None
 
 
 def give_up(module: torch.nn.Module) -> None:
@@ -227,6 +229,11 @@ def give_up(module: torch.nn.Module) -> None:
     module._parameters["weight"] = None
     module._modules.clear()
     module.__dict__.pop("awq_lite", None)
+
+
+def found_nan(error: AssertionError) -> bool:
+    """Whether ModelOpt's calibrators gave up because activations are NaN or infinity."""
+    return str(error).startswith(("detected nan values", "detected inf values"))
 
 
 def never_called(unet: torch.nn.Module, plans: Mapping[str, LayerPlan]) -> list[str]:

@@ -103,6 +103,12 @@ class Recipe:
                 f"activations in 16 bits go with {MAX} or {MSE}, got algorithm {self.algorithm!r}: "
                 "choose one of them"
             )
+        clips = PERCENTILE in (self.algorithm, self.convolutions)
+        if clips and self.layers == LINEAR_ONLY:
+            raise ValueError(
+                f"{PERCENTILE} is for convolutions, got it with layers {LINEAR_ONLY!r}: choose "
+                f"{LINEAR_AND_CONV!r}, or {MAX} instead of {PERCENTILE}"
+            )
         for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -204,7 +210,8 @@ def plan(
     layers: Mapping[str, str],
     shaping: Set[str] = frozenset(),
 ) -> tuple[dict[str, LayerPlan], list[str]]:
-    """Layer name -> its plan, and sentences on layers that get another format than the recipe's.
+    """Layer name -> its plan, and sentences on layers that get another format than the recipe's, and
+    on branches that the format's bits leave no room for.
 
     shaping: names of layers whose stored width must be that of their weight. Layers that share an
     input get one format. Raises ValueError for a Linear whose shape does not fit the format.
@@ -232,28 +239,50 @@ def plan(
             activations = ""
         options = (recipe.alpha, recipe.percentile, recipe.rank if algorithm == SVDQUANT else 0)
         plans[name] = LayerPlan(kind, form, algorithm, activations, *options)
-    if recipe.algorithm == SVDQUANT and not recipe.rank:
-        plans = _with_rank(unet, plans, recipe.format)
+    over = []
+    if not recipe.rank and any(one.algorithm == SVDQUANT for one in plans.values()):
+        plans, over = _with_rank(unet, plans, recipe.format)
     notes = [
         f"{len(names)} layers in {form} instead of {recipe.format}, because {reason}: "
         + ", ".join(names)
         for (form, reason), names in moved.items()
     ]
-    return plans, notes
+    return plans, notes + over
+
+
+def without_effect(recipe: Recipe, plans: Mapping[str, LayerPlan]) -> list[str]:
+    """Sentences on what of the recipe none of its layers gets."""
+    found = []
+    algorithms = {one.algorithm for one in plans.values()}
+    if recipe.algorithm not in algorithms:
+        found.append(f"algorithm {recipe.algorithm}")
+    if recipe.convolutions != MAX and recipe.convolutions not in algorithms:
+        found.append(f"convolutions {recipe.convolutions}")
+    if recipe.activations not in ("", STATIC, *(one.activations for one in plans.values())):
+        found.append(f"activations {recipe.activations}")
+    used = " and ".join(sorted(algorithms))
+    return [f"Without effect, as no layer left to quantize takes it: {x} ({used})." for x in found]
 
 
 def _with_rank(
     unet: torch.nn.Module, plans: Mapping[str, LayerPlan], form: str
-) -> dict[str, LayerPlan]:
-    """The plans with the rank that the bits of the format `form` leave room for."""
+) -> tuple[dict[str, LayerPlan], list[str]]:
+    """The plans with the rank that the bits of the format `form` leave room for, and a sentence where
+    they leave none."""
     weights = {name: unet.get_submodule(name).weight for name in plans}
     branched = [weights[name] for name, one in plans.items() if one.algorithm == SVDQUANT]
     others = [(x.format, weights[name]) for name, x in plans.items() if x.algorithm != SVDQUANT]
-    rank = branch.largest_rank(form, branched, others, LIMITS["rank"][1])
-    return {
+    rank, bits = branch.largest_rank(form, branched, others, LIMITS["rank"][1])
+    most = branch.WITHIN[form]
+    over = (
+        f"Branches of rank {rank}, the smallest: these layers take about {bits:.2f} bits a weight with "
+        f"them, over the {most:g} of {form}; awq_lite has no branches"
+    )
+    found = {
         name: replace(one, rank=rank) if one.algorithm == SVDQUANT else one
         for name, one in plans.items()
     }
+    return found, [over] if bits > most else []
 
 
 def _algorithm(recipe: Recipe, kind: str) -> str:

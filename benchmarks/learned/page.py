@@ -8,7 +8,7 @@ from typing import Any
 from ...formats import FORMATS
 from ...formats.checkpoint import SIXTEEN
 from ...quantize.layers import MODES
-from ...quantize.recipe import AWQ, SMOOTHQUANT
+from ...quantize.recipe import AWQ, SMOOTHQUANT, SVDQUANT
 from .judging import bits_of, gain, holm, paired
 
 HEAD = (
@@ -57,6 +57,8 @@ def costs(own: dict[str, Any], row: dict[str, Any]) -> list[str]:
         found.append("not for stock ComfyUI")
     if row["algorithm"] in SMOOTHING and own["algorithm"] not in SMOOTHING:
         found.append("smoothing at every call")
+    if row["algorithm"] == SVDQUANT != own["algorithm"]:
+        found.append("branches to compute")
     if row["activations"] == SIXTEEN:
         found.append("arithmetic in 16 bits")
     return found

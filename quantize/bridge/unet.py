@@ -70,6 +70,11 @@ def quantized_parameter(model) -> tuple[str, torch.Tensor] | None:
     return None
 
 
+def patched(model) -> set[str]:
+    """Names of the UNet's parameters that patches on the MODEL (LoRAs) change."""
+    return {key.removeprefix(UNET) for key in model.patches if key.startswith(UNET)}
+
+
 def copy_unet(model, step: Callable[[], None] = lambda: None) -> torch.nn.Module:
     """The MODEL's UNet, its weight patches (LoRA) baked in, on the MODEL's load device.
 

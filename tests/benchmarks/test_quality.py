@@ -165,6 +165,9 @@ def test_page_sets_every_recipe_beside_its_default():
         "smoothing at every call",
     ]
     assert (mixed["verdict"], mixed["costs"]) == ("mixed", [])
+    own, branched = row("awq_lite", 1.0, "1" * 100), row("svdquant", 0.5, "1" * 100)
+    assert page.costs(own, branched) == ["branches to compute"]
+    assert page.costs(branched, own) == []
     text = "\n".join(page._default_lines(rows))
     assert "at no cost: none. Better at a cost: int8 smoothquant (linear + conv). " in text
     assert "Better in one and worse in the other: int8 other (linear + conv)." in text

@@ -77,5 +77,8 @@ def test_one_warning_a_load(quantized, tmp_path, monkeypatch, caplog, card, reci
 
 def test_what_an_apple_gpu_cannot_hold_is_refused(quantized, monkeypatch):
     monkeypatch.setattr(loader, "describe", lambda device, kinds: GPUS["Apple"])
-    with pytest.raises(ValueError, match="fp8 needs float8.*load the file on another device"):
-        loader.load(quantized(FP8).checkpoint)
+    with pytest.raises(
+        ValueError,
+        match="a.safetensors cannot run here: fp8 needs float8.*load the file on another device",
+    ):
+        loader.load(quantized(FP8).checkpoint, where="a.safetensors")

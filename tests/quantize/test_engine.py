@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 
@@ -14,7 +15,7 @@ import torch
 from comfyui_modelopt.devtools import synthetic
 from comfyui_modelopt.formats import FORMATS
 from comfyui_modelopt.loaders import unet as loader
-from comfyui_modelopt.quantize import engine, pack
+from comfyui_modelopt.quantize import engine, pack, quality
 from comfyui_modelopt.quantize import layers as layer_choice
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.recipe import Recipe
@@ -23,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 INT8 = Recipe("int8", "max")
 SMOOTH = Recipe("int8", "smoothquant", 0.5)
+# everything but the middle block
+MIDDLE = ("input_blocks.*", "output_blocks.*", "time_embed.*", "out.*")
 
 
 def digest(model) -> str:
@@ -226,6 +229,43 @@ def test_what_is_not_finite_is_named(name, value):
     model = comfy.sd.load_diffusion_model_state_dict(state)
     with pytest.raises(ValueError, match=f"{name} holds NaN or infinity: .*get another copy"):
         engine.quantize_model(model, Recipe("int8", "max", layers="linear only"))
+
+
+def test_a_lora_that_is_not_finite_is_named(sd15):
+    name = "middle_block.1.proj_in.weight"
+    model = sd15[0].clone()
+    change = torch.full_like(
+        comfy.utils.get_attr(model.model, f"diffusion_model.{name}"), torch.nan
+    )
+    model.add_patches({f"diffusion_model.{name}": ("diff", (change,))})
+    with pytest.raises(
+        ValueError, match=f"{name} holds NaN or infinity: the LoRAs on the MODEL or"
+    ):
+        engine.quantize_model(model, Recipe("int8", "max", layers="linear only"))
+
+
+@pytest.mark.parametrize(
+    ("form", "algorithm"), [("int8", "max"), ("int8", "smoothquant"), ("int4", "awq_lite")]
+)
+@pytest.mark.parametrize("value", [torch.nan, 3e38])
+def test_a_call_that_gives_nan_and_is_not_looked_at_is_named(
+    sd15, calibration, form, algorithm, value
+):
+    """Not one of those that the result is compared on: seen while activations are collected."""
+    run = calibration.runs[0]
+    records = list(run.records) * math.ceil(17 / len(run.records))
+    records = [dataclasses.replace(record) for record in records]
+    looked_at = [id(one) for one in quality.pick(records, engine.EVALUATION_RECORDS)]
+    number = next(i for i, one in enumerate(records) if id(one) not in looked_at)
+    x = records[number].x.clone()
+    x.view(-1)[0] = value
+    records[number] = dataclasses.replace(records[number], x=x)
+    damaged = dataclasses.replace(run, records=tuple(records), calls=len(records))
+    damaged = dataclasses.replace(calibration, runs=(damaged,))
+    expected = f"the UNet must give finite numbers.* on call {number + 1} of the {len(records)} rec"
+    with pytest.raises(ValueError, match=expected) as caught:
+        engine.quantize_model(sd15[0], Recipe(form, algorithm, skip=MIDDLE), damaged)
+    assert "install another version" not in str(caught.value)
 
 
 def test_sixteen_bits():

@@ -301,6 +301,13 @@ def test_a_users_pattern_beside_the_default_list(folders):
     assert shorter.skip == families.FLUX.skip
 
 
+def test_percentile_is_for_unets(folders):
+    unet = made("flux", folders)[0].model.diffusion_model
+    for recipe in (Recipe("int8", "percentile"), Recipe("int8", convolutions="percentile")):
+        with pytest.raises(ValueError, match="in UNets alone, this model is a FLUX: choose max"):
+            families.settle(unet, recipe)
+
+
 def test_a_family_without_a_list_takes_the_users_alone():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     found, _ = families.settle(model, Recipe("int8", "max", skip=(*DEFAULT_SKIP, "0")))

@@ -33,7 +33,7 @@ MIX = Mixed(
 
 
 def plain(recipe: Mixed) -> tuple:
-    choices = [dataclasses.replace(c, layers="linear only", skip=()) for c in recipe.choices]
+    choices = [dataclasses.replace(c, layers="linear + conv", skip=()) for c in recipe.choices]
     return choices, dict(recipe.assignment), dict(recipe.goal)
 
 
@@ -47,6 +47,12 @@ def test_every_recipe_is_a_choice(form):
     for index, _ in enumerate(choices):
         made = Mixed(choices, {"layer": index})
         assert plain(mixed.read(mixed.write(made))) == plain(made)
+
+
+def test_one_recipe_for_all_layers_that_breaks_a_rule():
+    given = json.loads(mixed.write(Recipe("int8", "percentile"))) | {"layers": "linear only"}
+    with pytest.raises(ValueError, match="my.json breaks a rule of recipes: percentile is for conv"):
+        mixed.read(json.dumps(given), "my.json")
 
 
 @pytest.fixture(scope="module")

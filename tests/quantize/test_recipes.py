@@ -12,7 +12,7 @@ from comfyui_modelopt.formats.checkpoint import shaping_layers
 from comfyui_modelopt.formats.groups import with_its_input
 from comfyui_modelopt.loaders import dispatch
 from comfyui_modelopt.loaders import unet as loader
-from comfyui_modelopt.quantize import engine, modelopt, quality
+from comfyui_modelopt.quantize import engine, modelopt, pack, quality
 from comfyui_modelopt.quantize import recipe as recipe_module
 from comfyui_modelopt.quantize.bridge import unet as bridge
 from comfyui_modelopt.quantize.layers import select
@@ -25,7 +25,8 @@ RECIPES = [
     for form, algorithms in ALGORITHMS.items()
     for algorithm in algorithms
     for layers in ("linear + conv", LINEAR)
-    if algorithm != "awq_full" and not (algorithm in ("awq_lite", "svdquant") and layers == LINEAR)
+    if algorithm != "awq_full"
+    and not (algorithm in ("awq_lite", "svdquant", "percentile") and layers == LINEAR)
 ]
 IDS = [f"{r.format}-{r.algorithm}-{r.layers.split()[-1]}" for r in RECIPES]
 
@@ -292,6 +293,57 @@ def test_an_option_of_another_algorithm_is_refused(name):
     owner = next(a for a, own in recipe_module.OPTIONS.items() if name in own)
     form = "int4" if owner == "svdquant" else "int8"
     assert getattr(Recipe(form, owner, **{name: other}), name) == other
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"), [("percentile", {}), ("smoothquant", {"convolutions": "percentile"})]
+)
+def test_percentile_without_convolutions_is_refused(algorithm, options):
+    with pytest.raises(ValueError, match="percentile is for convolutions.*'linear only': choose"):
+        Recipe("int8", algorithm, layers=LINEAR, **options)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layer", "said"),
+    [
+        (Recipe("int4", "svdquant", rank=8), "conv", "algorithm svdquant (max)"),
+        (Recipe("int8", "percentile"), "linear", "algorithm percentile (max)"),
+        (
+            Recipe("int8", "smoothquant", convolutions="percentile"),
+            "linear",
+            "convolutions percentile (smoothquant)",
+        ),
+        (Recipe("fp8", "max", activations="per token"), "conv", "activations per token (max)"),
+        (Recipe("fp8", "max", activations="per token"), "linear", None),
+        (Recipe("int8", "max"), "linear", None),
+    ],
+)
+def test_what_no_layer_takes_is_told(recipe, layer, said):
+    net = torch.nn.ModuleDict({"linear": torch.nn.Linear(32, 32), "conv": torch.nn.Conv2d(8, 8, 3)})
+    skip = ({"linear", "conv"} - {layer}).pop()
+    plans, _ = plan(net, recipe, select(net, recipe.layers, (skip,)))
+    assert plans.keys() == {layer}
+    wanted = f"Without effect, as no layer left to quantize takes it: {said}."
+    assert recipe_module.without_effect(recipe, plans) == ([wanted] if said else [])
+
+
+SEARCHED = [(x, a) for x, known in ALGORITHMS.items() for a in known if a in recipe_module.AWQ]
+
+
+@pytest.mark.parametrize(("form", "algorithm"), SEARCHED)
+def test_dead_activations_under_awq_are_named(form, algorithm):
+    """INT4 stores nothing of activations, and searches by them."""
+    net = torch.nn.ModuleDict({"dead": torch.nn.Linear(32, 32), "alive": torch.nn.Linear(32, 32)})
+    plans, _ = plan(net, Recipe(form, algorithm), dict.fromkeys(net, "linear"))
+
+    def call(unet) -> None:
+        unet["dead"](torch.zeros(4, 32))
+        unet["alive"](torch.ones(4, 32))
+
+    with torch.no_grad():
+        modelopt.calibrate(net, plans, call)
+        with pytest.raises(ValueError, match="must not all be zero, they are in dead: .*skip"):
+            pack.pack(net, plans, lambda: None)
 
 
 def test_dead_activations_of_a_smoothed_layer_are_named(sd15, calibration):
