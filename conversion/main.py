@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import claims, comfyui, identity
-from .options import Order, UsageError, order, parser, recipes
+from .options import Order, UsageError, order, parser
 from .reporter import CONVERTED, FAILED, LEFT, SKIPPED, TAKEN, Log, Reporter, Result
 
 if TYPE_CHECKING:
@@ -107,11 +107,11 @@ def prepare(ordered: Order, args: argparse.Namespace) -> Calibration | None:
     """What all files need: folders, ModelOpt, the recordings of --calibration. Raises UsageError for
     what no file could be made with."""
     from ..loaders import device
-    from ..quantize import calibration, modelopt
+    from ..quantize import calibration, mixed, modelopt
     from ..utils import capability
     from . import models
 
-    for one in recipes(ordered.recipe):
+    for one in mixed.used(ordered.recipe):
         found = capability.support(one.format, "linear", device.current(kinds=()))
         if found.level == capability.REFUSED:
             raise UsageError(f"{found.why}: choose another format")

@@ -257,12 +257,7 @@ def _calibration(
                 f"a calibration needs at least 1 prompt, got 0 in {args.prompts}: write one a line"
             )
         return None, lines
-    return None, BUILT_IN if any(map(may_calibrate, recipes(recipe))) else ()
-
-
-def recipes(recipe: Recipe | Mixed) -> tuple[Recipe, ...]:
-    """Of a mixed recipe, those that it is of."""
-    return recipe.choices if isinstance(recipe, Mixed) else (recipe,)
+    return None, BUILT_IN if any(map(may_calibrate, mixed.used(recipe))) else ()
 
 
 def _lora(text: str) -> Lora:

@@ -38,8 +38,7 @@ def auto_and_load(model, calibration, target: dict, allowed, sixteen, layers, sk
     """-> quantized MODEL, report text, recipe as JSON, figures (JSON-able)."""
     if target["target"] == "recipe":
         recipe = mixed.read(target["recipe"], "the recipe on the node")
-        choices = recipe.choices if isinstance(recipe, mixed.Mixed) else (recipe,)
-        _check_formats({one.format: "take another recipe" for one in choices})
+        _check_formats({one.format: "take another recipe" for one in mixed.used(recipe)})
         planned = sizes(model, recipe, calibration)
         progress.tell(planned.line())
         quantized, report, figures = quantize_and_load(model, recipe, calibration, planned)

@@ -27,7 +27,8 @@ def largest_rank(
     the format `form`, 1 where there is room for none; and the bits a weight that they take with it.
 
     branched: weights [N, K] in `form` that get a branch [N, rank] @ [rank, K] and a smoothing scale
-    [K]; others: format and weight of layers without. Values are not read.
+    [K], which counts as of 32-bit weights; others: format and weight of layers without. Values are
+    not read.
     """
     branched = list(branched)
     weights = taken = 0

@@ -68,6 +68,13 @@ def _described(choice: Recipe) -> dict[str, Any]:
     return {name: x for name, x in choice.describe().items() if name not in OF_ALL_LAYERS}
 
 
+def used(recipe: Recipe | Mixed) -> list[Recipe]:
+    """The recipes that quantize layers."""
+    if isinstance(recipe, Recipe):
+        return [recipe]
+    return [recipe.choices[index] for index in sorted(set(recipe.assignment.values()))]
+
+
 def write(recipe: Recipe | Mixed) -> str:
     """The recipe as JSON text."""
     head = {"kind": KIND, "format_version": FORMAT_VERSION}

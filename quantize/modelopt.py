@@ -215,8 +215,8 @@ def calibrate(
 
 
 def _forget_search(module: torch.nn.Module) -> None:
-    """Of what AWQ's searches keep of a layer only their result stays, and the largest mean magnitude
-    of an input channel: the errors of all clippings are a fifth of a 16-bit weight's bytes."""
+    """Of what AWQ's searches keep of a layer only their result stays (the errors of all clippings are
+    a fifth of a 16-bit weight's bytes), and the largest mean magnitude of an input channel."""
     module.__dict__.pop("awq_clip", None)
     if hasattr(module, "awq_lite"):
         lite = module.awq_lite

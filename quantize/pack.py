@@ -79,7 +79,8 @@ def _pack_layer(
         modelopt.smooth(module, one.alpha, beside)
     weight = module._parameters["weight"].data
     if one.algorithm in AWQ:
-        _live(name, module.awq_lite.largest_input)
+        if modelopt.input_config(one) is None:  # else its amax tells
+            _live(name, module.awq_lite.largest_input)
         weight = modelopt.awq_weight(module, one)
     if one.smooths:
         scale = module.input_quantizer.pre_quant_scale.reshape(-1)

@@ -13,13 +13,13 @@ from ..formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC, Layer
 from ..formats.groups import sharing
 from ..utils.text import brief_repr
 from . import branch
-from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
+from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, MODES, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
 AWQ_LITE, AWQ_FULL, SVDQUANT = "awq_lite", "awq_full", "svdquant"
 # format -> its algorithms, the default first (see also `default_algorithm`): on learned weights
-# (benchmarks/results/quality_sd15.md) no other whose file is as small is better in PSNR or SQNR without
-# being worse in the other
+# (benchmarks/results/quality_sd15.md) no other whose file is as small, and which computes no branch
+# beside, is better in PSNR or SQNR without being worse in the other
 ALGORITHMS = {
     "fp8": (MSE, MAX),
     "int8": (SMOOTHQUANT, MAX, PERCENTILE, MSE),
@@ -43,6 +43,8 @@ CONVOLUTIONS = (MAX, PERCENTILE)
 OPTIONS = {SMOOTHQUANT: ("alpha", "convolutions"), PERCENTILE: ("percentile",), SVDQUANT: ("rank",)}
 # option -> what it is where it is not given
 DEFAULTS = {"alpha": 0.5, "convolutions": MAX, "percentile": 1.0, "rank": 0}
+# those whose default stands for what is right for the model
+BY_THE_MODEL = ("rank",)
 # option -> its smallest and its largest value
 LIMITS = {"alpha": (0.0, 1.0), "percentile": (0.01, 1.0), "rank": (0, 256)}
 
@@ -103,6 +105,10 @@ class Recipe:
                 f"activations in 16 bits go with {MAX} or {MSE}, got algorithm {self.algorithm!r}: "
                 "choose one of them"
             )
+        if self.layers not in MODES:
+            raise ValueError(
+                f"layers must be {' or '.join(MODES)}, got {brief_repr(self.layers)}: choose one"
+            )
         clips = PERCENTILE in (self.algorithm, self.convolutions)
         if clips and self.layers == LINEAR_ONLY:
             raise ValueError(
@@ -134,7 +140,7 @@ class Recipe:
         facts = asdict(self)
         facts["skip"] = list(self.skip)
         for name, default in DEFAULTS.items():
-            own = name in OPTIONS.get(self.algorithm, ()) and name != "rank"
+            own = name in OPTIONS.get(self.algorithm, ()) and name not in BY_THE_MODEL
             if not (own or (self._applies(name) and facts[name] != default)):
                 del facts[name]
         if self.format != "fp8" and self.activations == STATIC:

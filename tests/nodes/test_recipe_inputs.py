@@ -6,6 +6,8 @@ import pytest
 from comfyui_modelopt.loaders import device
 from comfyui_modelopt.nodes import recipe_inputs
 from comfyui_modelopt.nodes.auto_and_load import auto_and_load
+from comfyui_modelopt.nodes.plan import Plan
+from comfyui_modelopt.nodes.quantize import Quantize
 from comfyui_modelopt.quantize import mixed
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils.capability import GPU
@@ -33,6 +35,15 @@ def test_layers_that_do_not_go_with_it():
     assert "layers must be linear + conv or linear only" in recipe_inputs.why_not(given, "all")
 
 
+@pytest.mark.parametrize("node", [Quantize, Plan])
+def test_the_nodes_look_at_both(node):
+    given = {"format": "int8", "algorithm": {"algorithm": "percentile"}}
+    said = node.validate_inputs(layers="linear only", format=given)
+    assert "percentile is for convolutions" in said
+    assert node.validate_inputs(layers="linear + conv", format=given) is True
+    assert node.validate_inputs(layers=None, format=given) is True  # a link, known once it ran
+
+
 @pytest.mark.parametrize(
     ("allowed", "said"),
     [(["int8", "fp8"], "switch fp8 off"), (["int8_weights", "nvfp4"], "nvfp4 off")],
@@ -45,6 +56,8 @@ def test_auto_quantize_refuses_a_format_before_it_tries_any(monkeypatch, allowed
     recipe = {"target": "recipe", "recipe": mixed.write(Recipe("fp8", "max"))}
     with pytest.raises(ValueError, match="Apple's GPUs have none in torch: take another recipe"):
         auto_and_load(None, None, recipe, [], True, "linear + conv", "")
+    spare = mixed.Mixed((Recipe("int8", "max"), Recipe("fp8", "max")), {"a": 0})
+    assert [one.format for one in mixed.used(spare)] == ["int8"]
 
 
 def test_an_option_that_does_not_apply_is_named():

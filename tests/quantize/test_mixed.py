@@ -51,7 +51,9 @@ def test_every_recipe_is_a_choice(form):
 
 def test_one_recipe_for_all_layers_that_breaks_a_rule():
     given = json.loads(mixed.write(Recipe("int8", "percentile"))) | {"layers": "linear only"}
-    with pytest.raises(ValueError, match="my.json breaks a rule of recipes: percentile is for conv"):
+    with pytest.raises(
+        ValueError, match="my.json breaks a rule of recipes: percentile is for conv"
+    ):
         mixed.read(json.dumps(given), "my.json")
 
 
