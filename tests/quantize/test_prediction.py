@@ -22,7 +22,7 @@ from comfyui_modelopt.quantize import calling, engine, modelopt, needs, predicti
 from comfyui_modelopt.quantize.bridge import sampling
 from comfyui_modelopt.quantize.layers import DEFAULT_SKIP, LINEAR_ONLY, MODES
 from comfyui_modelopt.quantize.mixed import Mixed
-from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, LayerPlan, Recipe
+from comfyui_modelopt.quantize.recipe import ALGORITHMS, AWQ_FULL, PERCENTILE, LayerPlan, Recipe
 from comfyui_modelopt.utils.memory import Watched, peak_of
 
 from .. import families
@@ -35,6 +35,7 @@ RECIPES = [
     for algorithm in algorithms
     if algorithm != AWQ_FULL
     for mode in MODES
+    if algorithm != PERCENTILE or mode != LINEAR_ONLY
 ] + [
     Recipe("fp8", "max", activations=PER_TOKEN, skip=FEW),
     Recipe("int8", "smoothquant", convolutions="percentile", percentile=0.5, skip=FEW),
