@@ -241,7 +241,7 @@ HEAD = (
 EARLIER = r" \*"
 FOOT = (
     rf"{EARLIER.strip()} measured earlier, with the C library's ordinary heap and what a process takes "
-    "once, SVDQuant with rank 32. Seconds are wall time: what else the machine did counts."
+    "once. Seconds are wall time: what else the machine did counts."
 )
 
 
