@@ -76,9 +76,17 @@ def test_wrong_choices_are_refused_before_the_run(server):
         {"format.algorithm": "awq"},
         {"format": "mxfp8", "format.algorithm": "smoothquant"},
         {"layers": "some"},
+        {"format": "int4", "format.algorithm": "svdquant", "format.algorithm.rank": 257},
     ):
         with pytest.raises(PromptRejected):
             server.run(quantize_graph(**change).nodes, timeout=TIMEOUT)
+
+
+def test_percentile_without_convolutions_is_refused_before_the_run(server):
+    change = {"format.algorithm": "percentile", "format.algorithm.percentile": 1.0}
+    with pytest.raises(PromptRejected) as caught:
+        server.run(quantize_graph(layers="linear only", **change).nodes, timeout=TIMEOUT)
+    assert "percentile is for convolutions" in json.dumps(caught.value.node_errors)
 
 
 @pytest.mark.parametrize("prefix", ["../escape", "/absolute", "a/../../b", "..\\escape", ""])
