@@ -41,9 +41,9 @@ class Quantize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, layers: str | None = None, format=None) -> bool | str:
-        """ComfyUI reports the answer on each of these inputs that it did pass: `layers` always."""
-        return why_not(format, layers) or True
+    def validate_inputs(cls, skip: str | None = None, format=None) -> bool | str:
+        """`skip` is named because ComfyUI reports the answer on an input that it did pass."""
+        return why_not(format) or True
 
     @classmethod
     def execute(cls, model, format, layers, skip, calibration=None) -> io.NodeOutput:

@@ -20,7 +20,6 @@ from ..quantize.recipe import (
     recipe_of,
 )
 from ..utils import capability, packages
-from ..utils.text import brief_repr
 
 
 def _told(name: str) -> dict[str, object]:
@@ -98,13 +97,10 @@ def recipe_inputs() -> list[io.Input]:
     ]
 
 
-def why_not(format, layers=None) -> str | None:
-    """Why ComfyUI's values of the inputs `format` and `layers`, before the run, cannot be quantized to,
-    or None. layers: None where it is not known yet."""
+def why_not(format) -> str | None:
+    """Why ComfyUI's value of the input `format`, before the run, cannot be quantized to, or None."""
     if (missing := packages.why_missing(packages.MODELOPT)) is not None:
         return missing
-    if layers is not None and layers not in layer_choice.MODES:
-        return f"layers must be {' or '.join(layer_choice.MODES)}, got {brief_repr(layers)}: choose one"
     if format is None:  # ComfyUI leaves out a format or algorithm that the schema does not have
         return f"format must be one of {', '.join(CHOICES)}: choose one in the node"
     if not isinstance(format, dict):
@@ -113,7 +109,7 @@ def why_not(format, layers=None) -> str | None:
         known = ", ".join(ALGORITHMS[format["format"]])
         return f"algorithm of {format['format']} must be one of {known}: choose one"
     try:
-        recipe = recipe_of(format, layers or layer_choice.LINEAR_AND_CONV, "")
+        recipe = recipe_of(format, layer_choice.LINEAR_AND_CONV, "")
     except ValueError as error:
         return str(error)
     # while a workflow is checked, the server answers nobody: no kernels are compiled here

@@ -6,8 +6,6 @@ import pytest
 from comfyui_modelopt.loaders import device
 from comfyui_modelopt.nodes import recipe_inputs
 from comfyui_modelopt.nodes.auto_and_load import auto_and_load
-from comfyui_modelopt.nodes.plan import Plan
-from comfyui_modelopt.nodes.quantize import Quantize
 from comfyui_modelopt.quantize import mixed
 from comfyui_modelopt.quantize.recipe import Recipe
 from comfyui_modelopt.utils.capability import GPU
@@ -26,22 +24,6 @@ def test_a_format_that_the_device_refuses(monkeypatch, form):
 def test_a_format_that_it_runs(monkeypatch, form):
     monkeypatch.setattr(device, "current", lambda kinds=(): APPLE)
     assert recipe_inputs.why_not({"format": form, "algorithm": {"algorithm": "max"}}) is None
-
-
-def test_layers_that_do_not_go_with_it():
-    given = {"format": "int8", "algorithm": {"algorithm": "percentile"}}
-    assert "percentile is for convolutions" in recipe_inputs.why_not(given, "linear only")
-    assert recipe_inputs.why_not(given, "linear + conv") is None
-    assert "layers must be linear + conv or linear only" in recipe_inputs.why_not(given, "all")
-
-
-@pytest.mark.parametrize("node", [Quantize, Plan])
-def test_the_nodes_look_at_both(node):
-    given = {"format": "int8", "algorithm": {"algorithm": "percentile"}}
-    said = node.validate_inputs(layers="linear only", format=given)
-    assert "percentile is for convolutions" in said
-    assert node.validate_inputs(layers="linear + conv", format=given) is True
-    assert node.validate_inputs(layers=None, format=given) is True  # a link, known once it ran
 
 
 @pytest.mark.parametrize(
