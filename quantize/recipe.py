@@ -13,7 +13,7 @@ from ..formats.checkpoint import PER_TOKEN, SIXTEEN, STATIC, Layer
 from ..formats.groups import sharing
 from ..utils.text import brief_repr
 from . import branch
-from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, MODES, parse_patterns
+from .layers import DEFAULT_SKIP, LINEAR_AND_CONV, LINEAR_ONLY, parse_patterns
 
 MAX, MSE, PERCENTILE, SMOOTHQUANT = "max", "mse", "percentile", "smoothquant"
 AWQ_LITE, AWQ_FULL, SVDQUANT = "awq_lite", "awq_full", "svdquant"
@@ -104,10 +104,6 @@ class Recipe:
             raise ValueError(
                 f"activations in 16 bits go with {MAX} or {MSE}, got algorithm {self.algorithm!r}: "
                 "choose one of them"
-            )
-        if self.layers not in MODES:
-            raise ValueError(
-                f"layers must be {' or '.join(MODES)}, got {brief_repr(self.layers)}: choose one"
             )
         clips = PERCENTILE in (self.algorithm, self.convolutions)
         if clips and self.layers == LINEAR_ONLY:

@@ -21,7 +21,7 @@ RECIPE = {
     "convolutions are clipped to: lower clips less.",
     "rank": "Rank of the 16-bit branch: higher is nearer to the original, larger, slower. 0: the "
     "largest, at least 1, with which the quantized layers stay within 4.6 bits a weight in nvfp4, 4.2 in "
-    "int4; that is a small one, for int4 too small to gain by. 32 is common.",
+    "int4; that is a small one, in int4 it measured no gain. 32 is common.",
     "weights": "e4m3: more digits, FP8 arithmetic. e5m2: more range, activations stay in 16 bits.",
     "activations": "Linear layers: one calibrated scale, or one for each token while the model runs "
     "(nearer to the original, a little slower, does not open in stock ComfyUI).",

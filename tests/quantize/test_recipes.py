@@ -273,13 +273,6 @@ def test_a_convolution_that_does_not_fit_gets_the_second_format():
     ]
 
 
-def test_layers_that_are_none_are_named():
-    with pytest.raises(
-        ValueError, match="layers must be linear . conv or linear only, got None: ch"
-    ):
-        Recipe("int8", "max", layers=None)
-
-
 def test_an_option_out_of_range_is_named():
     with pytest.raises(ValueError, match="rank must be from 0 to 256, got -1"):
         Recipe("int4", "svdquant", rank=-1)
